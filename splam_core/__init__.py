@@ -1,0 +1,64 @@
+"""SPLAM: the algorithm, on tensors. Knows no host, no pipeline and no command line."""
+
+from .checkpoint import (
+    diffusers_to_ldm,
+    fold_gamma,
+    ldm_to_diffusers,
+    load_file,
+    lora_to_kohya,
+    read_metadata,
+    save_file,
+)
+from .denoiser import Denoiser, boundary_scalings, predict_epsilon, predict_x0
+from .gamma import (
+    authors_embedding,
+    fold,
+    gamma_embedding,
+    guidance_embedding,
+    patch_time_embedding,
+    sinusoid,
+)
+from .objective import Objective, ema_update, l2, pseudo_huber, sample_gamma, subpath_for
+from .sampler import add_noise, cpu_noise, renoise_generator, sample
+from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
+from .solver import ddim_step, guided, multiple_estimation
+from .subpath import DirectLinking, SubPath, SubPathLinear
+
+__all__ = [
+    "Denoiser",
+    "DirectLinking",
+    "NoiseSchedule",
+    "Objective",
+    "SubPath",
+    "SubPathLinear",
+    "add_noise",
+    "authors_embedding",
+    "boundary_scalings",
+    "broadcast_to",
+    "cpu_noise",
+    "ddim_step",
+    "diffusers_to_ldm",
+    "ema_update",
+    "few_step_timesteps",
+    "fold",
+    "fold_gamma",
+    "gamma_embedding",
+    "guidance_embedding",
+    "guided",
+    "l2",
+    "ldm_to_diffusers",
+    "load_file",
+    "lora_to_kohya",
+    "multiple_estimation",
+    "patch_time_embedding",
+    "predict_epsilon",
+    "predict_x0",
+    "pseudo_huber",
+    "read_metadata",
+    "renoise_generator",
+    "sample",
+    "sample_gamma",
+    "save_file",
+    "sinusoid",
+    "subpath_for",
+]

@@ -1,0 +1,221 @@
+"""Weights on disk and in state dicts: safetensors files, diffusers <-> LDM single-file names, the fold of gamma."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .gamma import authors_embedding, fold, guidance_embedding
+from .keys import Pair, rename, unet_pairs, vae_pairs
+
+StateDict = dict[str, Tensor]
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer."
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_KOHYA_ROLES = {
+    ".lora_A.weight": ".lora_down.weight",
+    ".lora_B.weight": ".lora_up.weight",
+    ".diff_b": ".diff_b",
+}
+# cond_proj's name and the layer that it feeds, in diffusers and in LDM.
+_COND_PROJ: list[Pair] = [
+    ("time_embedding.cond_proj.weight", "time_embedding.linear_1"),
+    ("time_embed.cond_proj.weight", "time_embed.0"),
+]
+
+
+def diffusers_to_ldm(
+    unet: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor] | None = None,
+    text_encoder: Mapping[str, Tensor] | None = None,
+) -> StateDict:
+    """One LDM state dict (an SD1.x single file) from the state dicts of a diffusers folder, tensors shared, not copied.
+
+    Widths, levels and layers are read off the keys. text_encoder keys may carry "text_model." or, as transformers 5
+    names them, not. Raises ValueError for a key that Stable Diffusion does not have.
+    """
+    single = {UNET_PREFIX + new: unet[old] for old, new in _renamed(unet, unet_pairs(unet), "UNet").items()}
+    for old, new in _renamed(vae or {}, vae_pairs(vae or {}), "VAE").items():
+        # The VAE's attention layers are linear in diffusers and 1x1 convolutions in LDM.
+        linear = ".attn_1." in new and vae[old].ndim == 2
+        single[VAE_PREFIX + new] = vae[old][:, :, None, None] if linear else vae[old]
+    for key, weight in (text_encoder or {}).items():
+        if not key.endswith("position_ids"):
+            single[CLIP_PREFIX + "text_model." + key.removeprefix("text_model.")] = weight
+    return single
+
+
+def ldm_to_diffusers(
+    state_dict: Mapping[str, Tensor], text_prefix: str = "text_model."
+) -> tuple[StateDict, StateDict, StateDict]:
+    """(unet, vae, text_encoder) of an LDM single file; a part that the file lacks comes back empty.
+
+    Weights under other prefixes (EMA copies, schedule buffers) and CLIP's position_ids, which is 0..76, are left out.
+    text_prefix: what text encoder keys begin with; "" for a CLIPTextModel of transformers 5.
+    Raises ValueError for no UNet, for an OpenCLIP text encoder (SD2.x) and for keys that Stable Diffusion lacks.
+    """
+    unet, vae, clip = (_under(state_dict, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX))
+    if not unet:
+        raise ValueError(
+            f"expected an LDM single file with keys under {UNET_PREFIX!r}, found {sorted(state_dict)[:3]}. "
+            "A diffusers folder needs no conversion."
+        )
+    if any(key.startswith("cond_stage_model.model.") for key in state_dict):
+        raise ValueError(
+            "this file holds an OpenCLIP text encoder (Stable Diffusion 2.x), expected CLIP (1.x): "
+            "use the model's diffusers folder instead."
+        )
+    unet_names = _renamed(unet, _swapped(unet_pairs(unet)), "UNet")
+    vae_names = _renamed(vae, _swapped(vae_pairs(vae)), "VAE")
+    clip = {key: weight for key, weight in clip.items() if not key.endswith("position_ids")}
+    return (
+        {new: unet[old] for old, new in unet_names.items()},
+        {new: _linear_if_attention(old, vae[old]) for old, new in vae_names.items()},
+        {text_prefix + key.removeprefix("text_model."): weight for key, weight in clip.items()},
+    )
+
+
+def fold_gamma(state_dict: Mapping[str, Tensor], embedded: str | float = "splam") -> tuple[StateDict, bool]:
+    """(state dict without cond_proj, whether there was one): its constant at gamma = 1 goes into a bias, exactly.
+
+    Works on diffusers UNets and on LDM UNets, with any prefix; computed in float64, then cast back. The keys cannot
+    tell what a checkpoint embeds, so `embedded` says:
+      "splam"   the authors' released checkpoints, phi at gamma = 1;
+      "zero"    an embedding that is zero at gamma = 1 (`gamma_embedding`): the weights are only dropped;
+      a number  an LCM checkpoint at that guidance_scale (its pipeline's default is 8.5).
+    Raises ValueError for another `embedded`, or when the layer that cond_proj feeds is missing.
+    """
+    found = [(key, name, feeds) for key in state_dict for name, feeds in _COND_PROJ if _is_or_ends(key, name)]
+    folded = dict(state_dict)
+    for key, name, feeds in found:
+        cond_proj = folded.pop(key)
+        phi = _constant_embedding(embedded, cond_proj.shape[1])
+        layer = key.removesuffix(name) + feeds
+        if f"{layer}.weight" not in folded or f"{layer}.bias" not in folded:
+            raise ValueError(f"found {key!r} without the layer it feeds, {layer!r} (weight and bias): incomplete UNet.")
+        bias = folded[f"{layer}.bias"]
+        delta = fold(folded[f"{layer}.weight"], cond_proj, phi)
+        folded[f"{layer}.bias"] = (bias.double().cpu() + delta).to(bias)
+    return folded, bool(found)
+
+
+def lora_to_kohya(lora: Mapping[str, Tensor], alpha: float | None = None) -> StateDict:
+    """A UNet LoRA from peft's names (`...lora_A.weight`) to kohya's, which every host loads.
+
+    Keys are those of a diffusers UNet, with or without "unet." or "base_model.model." in front. Each module gets an
+    alpha, its weight being alpha/rank * up @ down; None means alpha = rank. Bias deltas go in as `<module>.diff_b`.
+    Raises ValueError for a key that is none of these.
+    """
+    kohya: StateDict = {}
+    for key, weight in lora.items():
+        path = key.removeprefix("base_model.model.").removeprefix("unet.")
+        for ending, role in _KOHYA_ROLES.items():
+            if path.endswith(ending):
+                module = "lora_unet_" + path.removesuffix(ending).replace(".", "_")
+                kohya[module + role] = weight
+                if role == ".lora_down.weight":
+                    kohya[module + ".alpha"] = torch.tensor(float(weight.shape[0] if alpha is None else alpha))
+                break
+        else:
+            raise ValueError(f"LoRA: expected keys ending in one of {list(_KOHYA_ROLES)}, found {key!r}.")
+    return kohya
+
+
+def load_file(path: str | os.PathLike[str], device: str = "cpu") -> StateDict:
+    """The tensors of a .safetensors file. Raises FileNotFoundError or ValueError, naming the file and the remedy."""
+    with _open(path, device) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open does not iterate)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a .safetensors file, empty if it has none. Errors as `load_file`; reads no tensor."""
+    with _open(path, "cpu") as file:
+        return dict(file.metadata() or {})
+
+
+def save_file(
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a .safetensors file whole or not at all. Metadata values must be strings (JSON for anything else).
+
+    Raises FileNotFoundError for a missing folder, ValueError for another extension or metadata that is not text.
+    """
+    path = Path(path)
+    _require_safetensors_name(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: metadata {key!r} must be a string, got {value!r}; write it as JSON text.")
+    partial = path.with_name(path.name + ".part")
+    try:
+        tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
+        safetensors.torch.save_file(tensors, partial, {"format": "pt", **(metadata or {})})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open(path: str | os.PathLike[str], device: str) -> safetensors.safe_open:
+    path = Path(path)
+    _require_safetensors_name(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Check the path, or download the model again.")
+    try:
+        return safetensors.safe_open(str(path), framework="pt", device=device)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that do not parse ({error}). "
+            "The download was probably cut off, or is a Git LFS pointer or an error page: fetch it again."
+        ) from error
+
+
+def _require_safetensors_name(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        return
+    found = "a pickle, which can run code when opened" if path.suffix in _PICKLES else f"the extension {path.suffix!r}"
+    raise ValueError(
+        f"{path}: expected a .safetensors file, found {found}. Convert it to safetensors, or use the model's "
+        ".safetensors download."
+    )
+
+
+def _constant_embedding(embedded: str | float, dim: int) -> Tensor:
+    """The phi [dim] that a checkpoint saw at gamma = 1, or at its guidance."""
+    if embedded == "splam":
+        return authors_embedding(torch.ones(1), dim)[0]
+    if embedded == "zero":
+        return torch.zeros(dim)
+    if isinstance(embedded, (int, float)):
+        return guidance_embedding(torch.tensor([embedded - 1.0]), dim)[0]
+    raise ValueError(f"embedded must be 'splam', 'zero' or an LCM guidance scale, got {embedded!r}.")
+
+
+def _renamed(weights: Mapping[str, Tensor], pairs: list[Pair], what: str) -> dict[str, str]:
+    return rename(weights, dict(pairs), what)
+
+
+def _swapped(pairs: list[Pair]) -> list[Pair]:
+    return [(ldm, diffusers) for diffusers, ldm in pairs]
+
+
+def _linear_if_attention(key: str, weight: Tensor) -> Tensor:
+    return weight[:, :, 0, 0] if ".attn_1." in key and weight.ndim == 4 else weight
+
+
+def _under(state_dict: Mapping[str, Tensor], prefix: str) -> StateDict:
+    return {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key.startswith(prefix)}
+
+
+def _is_or_ends(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)

@@ -1,0 +1,180 @@
+"""Names of one model's weights in two worlds: diffusers folders and LDM single files.
+
+Every table is derived from the keys at hand, so any number of levels, layers and widths of the Stable Diffusion
+architecture maps. A table pairs module prefixes (diffusers, LDM); what follows a prefix is the same in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+Pair = tuple[str, str]  # (diffusers prefix, LDM prefix)
+
+_UNET_FIXED: list[Pair] = [
+    ("conv_in", "input_blocks.0.0"),
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("time_embedding.cond_proj", "time_embed.cond_proj"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_norm_out", "out.0"),
+    ("conv_out", "out.2"),
+]
+_UNET_RESNET: list[Pair] = [
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+]
+_VAE_RESNET: list[Pair] = [
+    ("norm1", "norm1"),
+    ("conv1", "conv1"),
+    ("norm2", "norm2"),
+    ("conv2", "conv2"),
+    ("conv_shortcut", "nin_shortcut"),
+]
+# The second column of diffusers names is what diffusers before 0.15 wrote, and what many hub folders still hold.
+_VAE_ATTENTION: list[tuple[str, str, str]] = [
+    ("group_norm", "group_norm", "norm"),
+    ("to_q", "query", "q"),
+    ("to_k", "key", "k"),
+    ("to_v", "value", "v"),
+    ("to_out.0", "proj_attn", "proj_out"),
+]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One resolution level of a UNet: for each layer whether it has attention, and whether it ends in a resampler."""
+
+    attentions: tuple[bool, ...]
+    resampler: bool
+
+
+def unet_pairs(keys: Iterable[str]) -> list[Pair]:
+    """The table of a UNet, from its keys in either world (LDM keys without their prefix)."""
+    modules = _modules(keys)
+    read = _diffusers_blocks if any(m.startswith("down_blocks.") for m in modules) else _ldm_blocks
+    down, up = read(modules)
+    pairs = list(_UNET_FIXED)
+    for j in range(_count(modules, r"(?:mid_block\.resnets\.|middle_block\.)(\d+)")):
+        pairs += _inside(f"mid_block.resnets.{j}", f"middle_block.{2 * j}", _UNET_RESNET)
+        pairs.append((f"mid_block.attentions.{j}", f"middle_block.{2 * j + 1}"))
+    n = 1  # input_blocks.0 is conv_in
+    for i, block in enumerate(down):
+        for j, attention in enumerate(block.attentions):
+            pairs += _inside(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0", _UNET_RESNET)
+            if attention:
+                pairs.append((f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1"))
+            n += 1
+        if block.resampler:
+            pairs.append((f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n}.0.op"))
+            n += 1
+    n = 0
+    for i, block in enumerate(up):
+        for j, attention in enumerate(block.attentions):
+            pairs += _inside(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0", _UNET_RESNET)
+            if attention:
+                pairs.append((f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1"))
+            n += 1
+        if block.resampler:  # it sits in the level's last LDM block, after the attention if there is one
+            place = 2 if block.attentions[-1] else 1
+            pairs.append((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n - 1}.{place}.conv"))
+    return pairs
+
+
+def vae_pairs(keys: Iterable[str]) -> list[Pair]:
+    """The table of a VAE, from its keys in either world (LDM keys without their prefix)."""
+    modules = _modules(keys)
+    pairs = [(name, name) for name in ("quant_conv", "post_quant_conv")]
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        pairs += [(f"{side}.{name}", f"{side}.{name}") for name in ("conv_in", "conv_out")]
+        pairs.append((f"{side}.conv_norm_out", f"{side}.norm_out"))
+        for j in range(2):
+            pairs += _inside(f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}", _VAE_RESNET)
+        attention = f"{side}.mid_block.attentions.0"
+        old_style = f"{attention}.query" in modules
+        for new, old, ldm in _VAE_ATTENTION:
+            pairs.append((f"{attention}.{old if old_style else new}", f"{side}.mid.attn_1.{ldm}"))
+        levels = _count(modules, rf"{side}\.{way}(?:_blocks)?\.(\d+)")
+        layers = _count(modules, rf"{side}\.{way}(?:_blocks)?\.\d+\.(?:resnets|block)\.(\d+)")
+        for i in range(levels):
+            n = i if way == "down" else levels - 1 - i  # LDM counts the decoder's levels backwards
+            for j in range(layers):
+                pairs += _inside(f"{side}.{way}_blocks.{i}.resnets.{j}", f"{side}.{way}.{n}.block.{j}", _VAE_RESNET)
+            pairs.append((f"{side}.{way}_blocks.{i}.{way}samplers.0.conv", f"{side}.{way}.{n}.{way}sample.conv"))
+    return pairs
+
+
+def rename(keys: Iterable[str], table: Mapping[str, str], what: str) -> dict[str, str]:
+    """{key: its new name}, the longest prefix in `table` that ends at a dot being replaced.
+
+    Raises ValueError naming the first key that no prefix covers; `what` says of which model.
+    """
+    renamed = {}
+    for key in keys:
+        head = key
+        while head and head not in table:
+            head = head.rpartition(".")[0]
+        if not head:
+            raise ValueError(
+                f"{what}: the key {key!r} has no counterpart in the other format. Expected a Stable Diffusion model "
+                f"(UNet2DConditionModel, AutoencoderKL, CLIPTextModel); other architectures are not converted."
+            )
+        renamed[key] = table[head] + key[len(head) :]
+    return renamed
+
+
+def _modules(keys: Iterable[str]) -> set[str]:
+    """All dotted prefixes of the keys."""
+    modules = set()
+    for key in keys:
+        while key:
+            modules.add(key)
+            key = key.rpartition(".")[0]
+    return modules
+
+
+def _count(modules: set[str], pattern: str) -> int:
+    """One more than the largest number that `pattern` captures among the modules; 0 if there is none."""
+    return 1 + max((int(m[1]) for m in (re.fullmatch(pattern, name) for name in modules) if m), default=-1)
+
+
+def _inside(diffusers: str, ldm: str, parts: list[Pair]) -> Iterator[Pair]:
+    return ((f"{diffusers}.{theirs}", f"{ldm}.{ours}") for theirs, ours in parts)
+
+
+def _diffusers_blocks(modules: set[str]) -> tuple[list[_Block], list[_Block]]:
+    def side(name: str) -> list[_Block]:
+        blocks = []
+        for i in range(_count(modules, rf"{name}_blocks\.(\d+)")):
+            layers = range(_count(modules, rf"{name}_blocks\.{i}\.resnets\.(\d+)"))
+            attentions = tuple(f"{name}_blocks.{i}.attentions.{j}" in modules for j in layers)
+            blocks.append(_Block(attentions, f"{name}_blocks.{i}.{name}samplers" in modules))
+        return blocks
+
+    return side("down"), side("up")
+
+
+def _ldm_blocks(modules: set[str]) -> tuple[list[_Block], list[_Block]]:
+    """A level of an LDM UNet ends where a resampler is found; the last one ends with the list."""
+    down, layers = [], []
+    for n in range(1, _count(modules, r"input_blocks\.(\d+)")):
+        if f"input_blocks.{n}.0.op" in modules:
+            down.append(_Block(tuple(layers), True))
+            layers = []
+        else:
+            layers.append(f"input_blocks.{n}.1" in modules)
+    down.append(_Block(tuple(layers), False))
+    up, layers = [], []
+    for n in range(_count(modules, r"output_blocks\.(\d+)")):
+        layers.append(f"output_blocks.{n}.1.norm" in modules)
+        if f"output_blocks.{n}.1.conv" in modules or f"output_blocks.{n}.2.conv" in modules:
+            up.append(_Block(tuple(layers), True))
+            layers = []
+    up.append(_Block(tuple(layers), False))
+    return down, up

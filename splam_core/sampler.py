@@ -1,0 +1,92 @@
+"""Few-step sampling: eq. 19, iterated as in Song et al., Consistency Models, algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .schedule import NoiseSchedule, broadcast_to
+from .solver import ddim_step
+from .subpath import SubPath, SubPathLinear
+
+# Added to a run's seed for the noise of the later steps, so that it never repeats the initial noise of this seed
+# or of a neighbouring one. Part of the pictures: never change it.
+RENOISE_SEED_OFFSET = 0x53504C414D
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """x_t = alpha(t)*x0 + sigma(t)*noise (eq. 1), in x0's dtype. x0, noise: [B, ...]; t: [B] or scalar []."""
+    return (broadcast_to(schedule.alpha(t), x0) * x0 + broadcast_to(schedule.sigma(t), x0) * noise).to(x0.dtype)
+
+
+def renoise_generator(seed: int) -> torch.Generator:
+    """The generator of a run's fresh noise: on the CPU, seeded with (seed + RENOISE_SEED_OFFSET) mod 2^64."""
+    return torch.Generator("cpu").manual_seed((seed + RENOISE_SEED_OFFSET) % 2**64)
+
+
+def cpu_noise(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """noise(x): gaussian noise of x's shape, drawn in float32 on the CPU, then moved to x: the same on every host."""
+
+    def noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+
+    return noise
+
+
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    noise: Callable[[Tensor], Tensor],
+    callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+    refinements: int = 0,
+    denoise_gamma: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    subpath: SubPath | None = None,
+    skip: int = 100,
+) -> Tensor:
+    """x0 [B, ...] from x at timesteps[0], one evaluation a step and `refinements` more where asked.
+
+    denoise(x, t) is F at gamma = 1 (eq. 19) with t [B]; timesteps: [n] falling, see `few_step_timesteps`;
+    x: pure noise, or `add_noise` of an image for image-to-image; noise(x): fresh gaussian noise, see `cpu_noise`.
+    callback(step, t, x, x0) runs after each step. refinements (experimental) go back over the sub-path to t-skip with
+    denoise_gamma(x_gamma, gamma, s, t) on `subpath` (None: SubPathLinear(schedule)).
+    Raises ValueError for no timesteps, and for refinements without denoise_gamma.
+    """
+    if len(timesteps) == 0:
+        raise ValueError("timesteps is empty: sampling needs at least one, see few_step_timesteps.")
+    if refinements > 0 and denoise_gamma is None:
+        raise ValueError(
+            "refinements need a network that is conditioned on gamma: pass denoise_gamma, or set refinements to 0."
+        )
+    subpath = subpath or SubPathLinear(schedule)
+    for step, t in enumerate(timesteps.tolist()):
+        t_batch = torch.full((x.shape[0],), t, device=x.device)
+        x0 = denoise(x, t_batch)
+        for gamma in torch.linspace(1, 0, refinements + 2).tolist()[1:-1]:
+            x0 = _refine(denoise_gamma, x, x0, gamma, t_batch, schedule, subpath, skip)
+        if callback is not None:
+            callback(step, t, x, x0)
+        if step + 1 < len(timesteps):
+            x = add_noise(x0, noise(x), timesteps[step + 1], schedule).to(x.dtype)
+    return x0.to(x.dtype)
+
+
+def _refine(
+    denoise_gamma: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    x0: Tensor,
+    gamma: float,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    subpath: SubPath,
+    skip: int,
+) -> Tensor:
+    """A new x0 from the point at gamma between x = x_t and the x_s that the present x0 implies (eq. 12)."""
+    s = (t - skip).clamp(min=0)
+    epsilon = (x - broadcast_to(schedule.alpha(t), x) * x0) / broadcast_to(schedule.sigma(t), x)
+    gammas = torch.full_like(schedule.alpha(t), gamma)
+    x_s = ddim_step(x, epsilon, t, s, schedule)
+    return denoise_gamma(subpath.point(x_s, x, gammas, s, t).to(x.dtype), gammas, s, t)
