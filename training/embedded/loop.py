@@ -1,0 +1,112 @@
+"""One resumable training loop, shared by the autoencoder, the judge and the teacher of the embedded pipeline."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .scenes import scene
+
+
+class Scenes(Dataset):
+    """Scenes [start, stop) of a stream, each passed through `sample(image, caption, placed) -> tensors`."""
+
+    def __init__(self, seed: int, start: int, stop: int, sample: Callable, **caption_options) -> None:
+        self.seed, self.start, self.stop, self.sample, self.options = seed, start, stop, sample, caption_options
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int):
+        return self.sample(*scene(self.seed, self.start + index, **self.options))
+
+
+def to_tensor(image) -> torch.Tensor:
+    """uint8 [H, W, 3] to float [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def batches(
+    seed: int, batch_size: int, first_step: int, last_step: int, sample: Callable, **caption_options
+) -> DataLoader:
+    """One never repeating pass over the stream: step n sees scenes [n * batch_size, (n + 1) * batch_size)."""
+    data = Scenes(seed, first_step * batch_size, last_step * batch_size, sample, **caption_options)
+    return DataLoader(data, batch_size, num_workers=1, worker_init_fn=lambda _: torch.set_num_threads(1))
+
+
+def save_atomic(state: dict, path: Path) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def train(
+    modules: torch.nn.Module,
+    loss_at: Callable[[int, object], torch.Tensor],  # (step, batch) -> scalar loss
+    data_from: Callable[[int], Iterator],  # first step -> iterator of batches
+    checkpoint: Path,
+    steps: int,
+    learning_rate: float,
+    ema: torch.nn.Module | None = None,  # a copy of `modules` that follows it with `ema_decay`
+    ema_decay: float = 0.999,
+    warmup: int = 100,
+    save_every: int = 500,
+    report_every: int = 50,
+) -> Iterator[int]:
+    """AdamW with linear warm-up and cosine decay, clip 1; yields the number of steps done at every save.
+
+    Resumes from `checkpoint` when it is there; a resumed run takes the same batches as an uninterrupted one.
+    """
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        first = state["step"]
+        print(f"resumed {checkpoint} at step {first}", flush=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    running, since, seen = 0.0, time.time(), 0
+    for step, batch in zip(range(first, steps), data_from(first), strict=False):
+        progress = step / steps
+        scale = min(1.0, (step + 1) / warmup) * (
+            0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        torch.manual_seed(step)
+        loss = loss_at(step, batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last good state is in {checkpoint}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        if ema is not None:
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(modules.parameters()), 1 - decay)
+        running, seen = running + loss.item(), seen + 1
+        if (step + 1) % report_every == 0:
+            rate = seen / (time.time() - since)
+            print(
+                f"step {step + 1}/{steps}  loss {running / seen:.4f}  {rate:.2f} steps/s  "
+                f"{(steps - step - 1) / rate / 60:.0f} min left",
+                flush=True,
+            )
+            running, since, seen = 0.0, time.time(), 0
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_atomic(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
+            yield step + 1

@@ -1,0 +1,212 @@
+"""Train the embedded teacher: a narrow `UNet2DConditionModel` and `CLIPTextModel`, together, from scratch.
+
+    python -m training.embedded.teacher --run-dir runs/embedded
+
+Needs the autoencoder in RUN_DIR/vae. Encodes the training scenes once into RUN_DIR/latents.pt, trains on them with
+resumable checkpoints and a sheet of samples at each, and writes the diffusers pipeline to RUN_DIR/pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from splam_core import NoiseSchedule
+
+from ..generate import generate
+from ..pipeline import Pipeline
+from ..sheet import save_sheet, to_images
+from .autoencoder import SCALING_FACTOR
+from .loop import save_atomic, to_tensor, train
+from .scenes import IMAGE_SIZE, scene
+
+TEXT_WIDTH = 64
+CHUNK = 32  # scenes encoded at once
+GUIDANCE_SCALE = 3.0
+CAPTION_DROP = 0.1
+MIN_SNR_GAMMA = 5.0  # Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, eq. 8
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+    )
+
+
+def build_text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=1,
+        )
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's own tokenizer (MIT), from the merges file that open_clip_torch ships."""
+    merges_file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(merges_file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    symbols = list(open_clip.tokenizer.bytes_to_unicode().values())
+    symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair.split()) for pair in merges]
+    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+class EncodedScenes(Dataset):
+    """Chunk i of a stream of scenes, as latents of unit scale, fp16 [CHUNK, 4, 16, 16], and captions."""
+
+    def __init__(self, vae: AutoencoderKL, seed: int, count: int) -> None:
+        self.vae, self.seed, self.count = vae.to(memory_format=torch.channels_last), seed, count
+
+    def __len__(self) -> int:
+        return self.count // CHUNK
+
+    @torch.no_grad()
+    def __getitem__(self, chunk: int) -> tuple[torch.Tensor, list[str]]:
+        scenes = [scene(self.seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+        images = torch.stack([to_tensor(image) for image, _, _ in scenes]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = self.vae.encode(images).latent_dist.mean
+        return (latents.float() * SCALING_FACTOR).half(), [str(caption) for _, caption, _ in scenes]
+
+
+def encode_scenes(vae: AutoencoderKL, seed: int, count: int, path: Path) -> tuple[torch.Tensor, list[str]]:
+    """Latents [count, 4, 16, 16] and captions of `count` scenes; kept at `path`."""
+    if not path.exists():
+        # One process and one thread a worker: threads within one network gain nothing at this size.
+        loader = DataLoader(
+            EncodedScenes(vae, seed, count),
+            None,
+            num_workers=os.cpu_count() or 1,
+            worker_init_fn=lambda _: torch.set_num_threads(1),
+        )
+        chunks = []
+        for chunk in loader:
+            chunks.append(chunk)
+            if len(chunks) % 50 == 0:
+                print(f"encoded {len(chunks) * CHUNK}/{count} scenes", flush=True)
+        captions = [caption for _, texts in chunks for caption in texts]
+        save_atomic({"latents": torch.cat([latents for latents, _ in chunks]), "captions": captions}, path)
+    state = torch.load(path, weights_only=True)
+    return state["latents"], state["captions"]
+
+
+def denoising_loss(
+    modules: torch.nn.ModuleDict,
+    x_0: torch.Tensor,
+    tokens: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+) -> torch.Tensor:
+    """Epsilon prediction with Min-SNR weights."""
+    # The fused attention's backward pass takes half of the time on a CPU at these lengths; the plain one does not.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        embeds = modules["text_encoder"](tokens).last_hidden_state
+        output = modules["unet"](alpha * x_0 + sigma * noise, t, embeds).sample
+    weight = (MIN_SNR_GAMMA * (sigma / alpha) ** 2).clamp(max=1)
+    return (weight * (output.float() - noise) ** 2).mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
+    parser.add_argument("--scenes", type=int, default=32000)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=200)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.run_dir / "vae").eval().requires_grad_(False)
+    latents, captions = encode_scenes(vae, args.seed, args.scenes, args.run_dir / "latents.pt")
+    tokenizer, schedule = build_tokenizer(), NoiseSchedule.scaled_linear()
+    tokens = tokenizer([*captions, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+
+    modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder()})
+    ema = copy.deepcopy(modules).eval().requires_grad_(False)
+    pipeline = Pipeline(ema["unet"], vae, ema["text_encoder"], tokenizer, schedule, "epsilon")
+
+    def data_from(first: int):
+        """Epoch e visits the scenes in the order of the generator seeded with e."""
+        for step in range(first, args.steps):
+            per_epoch = len(latents) // args.batch_size
+            epoch, position = divmod(step, per_epoch)
+            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
+            yield order[position * args.batch_size : (position + 1) * args.batch_size]
+
+    def loss_at(_: int, chosen: torch.Tensor) -> torch.Tensor:
+        x_0 = latents[chosen].float()
+        text = torch.where(torch.rand(len(chosen), 1) < CAPTION_DROP, tokens[-1:], tokens[chosen])
+        t = torch.randint(0, schedule.num_train_timesteps, (len(chosen),))
+        alpha, sigma = (level(t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
+        return denoising_loss(modules, x_0, text, torch.randn_like(x_0), t, alpha, sigma)
+
+    checkpoint = args.run_dir / "teacher.pt"
+    shown = [str(scene(args.seed + 1, index)[1]) for index in range(36)]
+    for step in train(
+        modules, loss_at, data_from, checkpoint, args.steps, args.learning_rate, ema=ema, ema_decay=0.9995
+    ):
+        pictures = to_images(pipeline.decode(generate(pipeline, shown, range(36), "ddim", 25, GUIDANCE_SCALE)))
+        columns = [(f"{step}" if i == 0 else "", pictures[i::6]) for i in range(6)]
+        save_sheet(args.run_dir / f"sheet-{step:06d}.png", columns)
+
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=ema["text_encoder"],
+        tokenizer=tokenizer,
+        unet=ema["unet"],
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(args.run_dir / "pipeline")
+
+
+if __name__ == "__main__":
+    main()

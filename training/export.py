@@ -1,0 +1,87 @@
+"""The finished student on disk: a diffusers pipeline folder, and one single-file checkpoint without any gamma key."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from splam_core.checkpoint import diffusers_to_ldm, save_file
+
+from .config import Config
+from .pipeline import Pipeline
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def lcm_scheduler(pipeline: Pipeline) -> LCMScheduler:
+    """A finished student's scheduler: diffusers' own, so that `StableDiffusionPipeline` samples it as it should."""
+    schedule = pipeline.schedule
+    return LCMScheduler(
+        num_train_timesteps=schedule.num_train_timesteps,
+        trained_betas=None,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=pipeline.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
+    """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    StableDiffusionPipeline(
+        vae=copy.deepcopy(pipeline.vae),
+        text_encoder=copy.deepcopy(pipeline.text_encoder),
+        tokenizer=pipeline.tokenizer,
+        unet=copy.deepcopy(unet),
+        scheduler=lcm_scheduler(pipeline),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=dtype).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def save_single_file(folder: Path, file: Path, config: Config) -> None:
+    """A pipeline folder as one LDM-style .safetensors file with ModelSpec metadata.
+
+    The configurations of the parts ride along as JSON, since shapes do not tell the number of attention heads.
+    """
+    from splam_core.checkpoint import load_file
+
+    state_dict = diffusers_to_ldm(
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),
+        load_file(folder / "text_encoder" / "model.safetensors"),
+    )
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "sgm",
+        "modelspec.title": config.name,
+        "modelspec.prediction_type": "epsilon",
+        "splam.method": config.method,
+        "splam.skip": str(config.skip),
+        "splam.solver_skip": str(config.solver_skip),
+        "splam.guidance_scale": str(config.guidance_scale),
+        "splam.teacher": config.teacher,
+    }
+    for part, name in (
+        ("unet", "config"),
+        ("vae", "config"),
+        ("text_encoder", "config"),
+        ("scheduler", "scheduler_config"),
+    ):
+        settings = json.loads((folder / part / f"{name}.json").read_text(encoding="utf-8"))
+        metadata[f"splam.{part}"] = json.dumps(settings)
+    save_file(state_dict, file, metadata)
