@@ -1,0 +1,105 @@
+"""`python dev.py demo`: a real ComfyUI runs the shipped workflow on the embedded student.
+
+A sheet then sets the student's few steps beside the teacher's fifty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .comfy_server import ROOT, ComfyServer, ServerError, to_api
+from .graphs import save_image, stock, text_to_image
+
+WORKFLOW = ROOT / "workflows" / "splam_txt2img.json"
+SEED = 7
+PROMPTS = (
+    "a large red star above a small blue ring",
+    "a small green heart",
+    "a large yellow moon to the left of a small purple cross",
+    "a large pink circle below a large cyan square",
+)
+# Heading -> the graph of a prompt.
+COLUMNS = (
+    *(
+        (
+            f"student, {steps} step{'s' * (steps > 1)}",
+            lambda prompt, steps=steps: text_to_image("embedded-student", prompt, seed=SEED, steps=steps),
+        )
+        for steps in (1, 2, 4, 8)
+    ),
+    ("teacher, 4 steps", lambda prompt: text_to_image("embedded-teacher", prompt, seed=SEED, steps=4)),
+    ("teacher, 50 steps, guidance 3", lambda prompt: stock("embedded-teacher", prompt, seed=SEED, steps=50, cfg=3.0)),
+)
+TILE, GAP, LABEL = 192, 8, 22
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="the ComfyUI folder to run")
+    parser.add_argument("--out", type=Path, required=True, help="where splam.png and sheet.png go")
+    parser.add_argument("--serve", action="store_true", help="leave the server up until Ctrl-C")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default the server would outlive this process
+    try:
+        with tempfile.TemporaryDirectory(prefix="splam-demo-") as folder:
+            print(f"starting the ComfyUI in {options.comfyui}", flush=True)
+            with ComfyServer(options.comfyui, Path(folder)) as server:
+                paths = draw(server, options.out)
+                if options.serve:
+                    print(f"ComfyUI is at {server.url} until Ctrl-C", flush=True)
+                print(*paths, sep="\n", flush=True)
+                if options.serve:
+                    server.process.wait()
+    except KeyboardInterrupt:
+        return 0 if options.serve else 130
+    except ServerError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def draw(server: ComfyServer, out: Path) -> tuple[Path, Path]:
+    """Writes splam.png, from the shipped workflow, and sheet.png."""
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    started = time.monotonic()
+    (picture,) = server.files(server.run(to_api(workflow, server.get("/object_info"))))
+    print(f"{WORKFLOW.name}: {time.monotonic() - started:.1f} s, loading included", flush=True)
+    (out / "splam.png").write_bytes(picture)
+
+    rows = []
+    for number, prompt in enumerate(PROMPTS, 1):
+        queued = [server.queue(save_image(graph(prompt))) for _, graph in COLUMNS]
+        rows.append([Image.open(io.BytesIO(server.files(server.wait(one))[0])) for one in queued])
+        print(f"sheet: prompt {number} of {len(PROMPTS)}", flush=True)
+    sheet([heading for heading, _ in COLUMNS], PROMPTS, rows).save(out / "sheet.png")
+    return out / "splam.png", out / "sheet.png"
+
+
+def sheet(headings, prompts, rows) -> Image.Image:
+    """Pictures in a grid: a heading over each column, the prompt under each row."""
+    width = GAP + len(headings) * (TILE + GAP)
+    image = Image.new("RGB", (width, GAP + LABEL + len(rows) * (TILE + LABEL + GAP)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for column, heading in enumerate(headings):
+        pen.text((GAP + column * (TILE + GAP), GAP // 2), heading, fill="black", font=font)
+    for row, (prompt, pictures) in enumerate(zip(prompts, rows, strict=True)):
+        top = GAP + LABEL + row * (TILE + LABEL + GAP)
+        for column, picture in enumerate(pictures):
+            tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+            image.paste(tile, (GAP + column * (TILE + GAP), top))
+        pen.text((GAP, top + TILE + 3), f"{prompt} (seed {SEED}, the same in every column)", fill="dimgray", font=font)
+    return image
+
+
+if __name__ == "__main__":
+    sys.exit(main())

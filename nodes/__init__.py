@@ -1,0 +1,14 @@
+"""The ComfyUI nodes: a schema and one call each. Imports are relative: ComfyUI has a module `nodes` of its own."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .custom_sampling import SPLAMSamplerSelect, SPLAMScheduler
+from .few_step import register
+from .loader import SPLAMLoader
+from .sampler import SPLAMSampler
+
+
+class SPLAMExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register()
+        return [SPLAMLoader, SPLAMSampler, SPLAMSamplerSelect, SPLAMScheduler]

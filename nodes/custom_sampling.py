@@ -1,0 +1,52 @@
+"""SPLAM's sampler and schedule apart, for SamplerCustom and SamplerCustomAdvanced."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from .few_step import check_steps, sample_splam, splam_sigmas
+
+
+class SPLAMSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SPLAMSamplerSelect",
+            display_name="SPLAM Sampler Select",
+            category="sampling/SPLAM",
+            description="SPLAM's few-step sampler, for SamplerCustom (cfg 1) and SamplerCustomAdvanced (BasicGuider).",
+            inputs=[],
+            outputs=[io.Sampler.Output(tooltip="Connect to sampler.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_splam))
+
+
+class SPLAMScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SPLAMScheduler",
+            display_name="SPLAM Scheduler",
+            category="sampling/SPLAM",
+            description="The noise levels of SPLAM's few steps, on the timesteps that the model was distilled on.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled: its schedule names the noise levels."),
+                io.Int.Input("steps", default=4, min=1, max=8, tooltip="Model evaluations. 2 to 4 is usual."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 makes a new picture; less keeps more of the latent image. At least steps/50.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="Connect to sigmas.")],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, denoise) -> io.NodeOutput:
+        check_steps("SPLAM Scheduler", steps, denoise)
+        return io.NodeOutput(splam_sigmas(model.get_model_object("model_sampling"), steps, denoise))

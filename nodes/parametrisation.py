@@ -1,0 +1,127 @@
+"""How the UNet's output becomes a denoised latent: on diffusers' schedule, and as F of eq. 14 and 16 for a SPLAM.
+
+ComfyUI keeps a latent as x = z/alpha(t), at noise level sigma(t)/alpha(t); there F = c_skip*alpha*x + c_out*x0.
+"""
+
+import comfy.model_sampling
+import torch
+
+from ..splam_core.denoiser import boundary_scalings
+from ..splam_core.schedule import NoiseSchedule, broadcast_to
+
+
+class _Schedule(comfy.model_sampling.ModelSamplingDiscrete):
+    """A NoiseSchedule as ComfyUI's table of sigmas (its own is computed in float64 and differs in the last digits)."""
+
+    def __init__(self, schedule: NoiseSchedule):
+        super().__init__()
+        self.schedule = schedule
+        self.set_sigmas(schedule.ve_sigma(torch.arange(schedule.num_train_timesteps)))
+
+
+class _Consistency(_Schedule):
+    """The network's output read as F instead of x0."""
+
+    def calculate_denoised(self, sigma, model_output, model_input):
+        x0 = super().calculate_denoised(sigma, model_output, model_input)
+        return consistency(x0, model_input, sigma, self.timestep(sigma))
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        # diffusers starts text-to-image from pure noise, and image-to-image from add_noise at every strength; at
+        # denoise 1 ComfyUI would add the first one's noise to the second one's image.
+        pure = max_denoise and torch.count_nonzero(latent_image) == 0
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise=pure)
+
+
+class PlainEPS(_Schedule, comfy.model_sampling.EPS):
+    pass
+
+
+class PlainV(_Schedule, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+class ConsistencyEPS(_Consistency, comfy.model_sampling.EPS):
+    pass
+
+
+class ConsistencyV(_Consistency, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+_CLASSES = {
+    ("epsilon", False): PlainEPS,
+    ("v_prediction", False): PlainV,
+    ("epsilon", True): ConsistencyEPS,
+    ("v_prediction", True): ConsistencyV,
+}
+
+
+def consistency(x0, x, sigma, t):
+    """F from x0 in ComfyUI's variables. x0, x: [B, ...]; sigma, t: [B] or scalar, of one noise level."""
+    c_skip, c_out = boundary_scalings(t.to(torch.float32))
+    alpha = (1 + sigma**2) ** -0.5
+    return broadcast_to(c_skip * alpha, x) * x + broadcast_to(c_out, x0) * x0
+
+
+def patch(model, schedule: NoiseSchedule, prediction_type: str, is_consistency_model: bool):
+    """A clone of the MODEL with this schedule and prediction type; F instead of x0 when it is a consistency model.
+
+    Raises ValueError for a prediction type other than "epsilon" and "v_prediction".
+    """
+    if (prediction_type, is_consistency_model) not in _CLASSES:
+        raise ValueError(f"the model predicts {prediction_type!r}; expected 'epsilon' or 'v_prediction'.")
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", _CLASSES[prediction_type, is_consistency_model](schedule))
+    return patched
+
+
+def as_consistency_model(model):
+    """The MODEL with SPLAM's parametrisation, whatever loaded it; itself if it has it already.
+
+    Raises ValueError for a model that is not one of discrete variance-preserving diffusion (Flux, SD3, EDM, ...).
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, _Consistency):
+        return model
+    return patch(model, schedule_of(sampling), prediction_type_of(sampling), True)
+
+
+def nearest_timesteps(schedule: NoiseSchedule, sigmas):
+    """Integer timesteps [n] nearest to VE noise levels [n]."""
+    table = schedule.ve_sigma(torch.arange(schedule.num_train_timesteps)).log()
+    return (sigmas.to(table).log()[:, None] - table).abs().argmin(dim=1)
+
+
+def is_consistency(sampling) -> bool:
+    return isinstance(sampling, _Consistency)
+
+
+def prediction_type_of(sampling) -> str:
+    """ "epsilon" or "v_prediction", from any MODEL's model_sampling."""
+    other = (comfy.model_sampling.X0, comfy.model_sampling.EDM, comfy.model_sampling.ModelSamplingDiscreteEDM)
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if not discrete or not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, other):
+        found = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
+        raise ValueError(
+            "SPLAM needs a Stable Diffusion model that predicts noise or v (SD1.x, SD2.x, SDXL); this MODEL samples as "
+            f"{found}. Connect a SPLAM or LCM checkpoint of those families."
+        )
+    return "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+
+
+def schedule_of(sampling) -> NoiseSchedule:
+    """The schedule of any MODEL's model_sampling: diffusers' table of Stable Diffusion's, or the model's own.
+
+    Raises ValueError as `prediction_type_of`.
+    """
+    if isinstance(sampling, _Schedule):
+        return sampling.schedule
+    prediction_type_of(sampling)
+    standard = NoiseSchedule.scaled_linear()
+    sigmas = sampling.sigmas.float().cpu()
+    everyday = standard.ve_sigma(torch.arange(standard.num_train_timesteps))
+    # ComfyUI's LCM class keeps only every 20th sigma: it is the same schedule.
+    if len(sigmas) != len(everyday) or torch.allclose(sigmas, everyday, rtol=1e-3):
+        return standard
+    return NoiseSchedule(1 / (1 + sigmas**2))

@@ -1,0 +1,55 @@
+"""dev.py's promises that cost no set-up."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comfy_server import ROOT
+
+pytestmark = pytest.mark.comfyui
+
+
+def load_dev(file: Path):
+    spec = importlib.util.spec_from_file_location("dev", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_folder_that_is_no_comfyui_is_named_and_nothing_is_set_up(tmp_path):
+    command = [sys.executable, ROOT / "dev.py", "demo", "--comfyui", tmp_path / "elsewhere"]
+    run = subprocess.run(
+        command, env=os.environ | {"SPLAM_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert f"{tmp_path / 'elsewhere'} is not a ComfyUI" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkout_inside_a_comfyui_finds_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    checkout = tmp_path / "custom_nodes" / "any name"
+    checkout.mkdir(parents=True)
+    (tmp_path / "main.py").touch()
+    shutil.copy(ROOT / "dev.py", checkout)
+    assert load_dev(checkout / "dev.py").find_comfyui(None) == tmp_path
+
+
+def test_a_command_runs_at_no_cost_and_hands_on_its_exit_code():
+    dev = load_dev(ROOT / "dev.py")
+    if not Path(sys.prefix).is_relative_to(dev.cache_folder()):
+        pytest.skip("needs the environment of `python dev.py test`")
+    script = "import sys; print(sys.prefix, sys.argv[1:]); sys.exit(3)"
+    run = subprocess.run(
+        [sys.executable, ROOT / "dev.py", "python", "-c", script, "--", "-x"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    assert run.returncode == 3
+    assert run.stdout.strip() == f"{sys.prefix} ['--', '-x']"
