@@ -45,6 +45,9 @@ class Config:
     ema_decay: float = _flag(0.95, "of the target network, which is what is exported")
     num_scenes: int = _flag(16384, "size of the pool of training pictures (embedded teacher)")
     mixed_precision: str = _flag("no", "forward passes in this type; weights stay fp32", ("no", "bf16", "fp16"))
+    teacher_dtype: str = _flag(
+        "bf16", "of the frozen teacher; a rounding in it hardly moves x_s", ("fp32", "fp16", "bf16")
+    )
     compile: bool = _flag(False, "torch.compile the UNets: a minute at the start, faster steps after it")
     checkpointing_steps: int = _flag(250, "steps between two checkpoints")
     checkpoints_total_limit: int = _flag(2, "checkpoints kept")

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from training.config import Config, parse
 from training.embedded.scenes import scene
-from training.export import DTYPES, save_diffusers, save_single_file
+from training.export import save_diffusers, save_single_file
 from training.generate import generate
 from training.pipeline import load_pipeline
 from training.sheet import save_sheet, to_images
-from training.trainer import Distillation, export_unet
+from training.trainer import DTYPES, Distillation, export_unet
 
 PROMPTS = 8
 

@@ -15,8 +15,6 @@ from splam_core.checkpoint import diffusers_to_ldm, save_file
 from .config import Config
 from .pipeline import Pipeline
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 def lcm_scheduler(pipeline: Pipeline) -> LCMScheduler:
     """A finished student's scheduler: diffusers' own, so that `StableDiffusionPipeline` samples it as it should."""

@@ -19,11 +19,11 @@ def guided_output(
     pipeline: Pipeline, x: Tensor, t: Tensor, prompt_embeds: Tensor, negative: Tensor, w: float
 ) -> Tensor:
     """The UNet's raw output with guidance w (eq. 18), both prompts in one batch; w = 1 takes one pass."""
+    unet = pipeline.unet
     if w == 1:
-        return pipeline.unet(x, t, prompt_embeds).sample
-    both = pipeline.unet(
-        torch.cat([x, x]), torch.cat([t, t]), torch.cat([prompt_embeds, negative.expand_as(prompt_embeds)])
-    ).sample
+        return unet(x.to(unet.dtype), t, prompt_embeds.to(unet.dtype)).sample.to(x)
+    embeds = torch.cat([prompt_embeds, negative.expand_as(prompt_embeds)]).to(unet.dtype)
+    both = unet(torch.cat([x, x]).to(unet.dtype), torch.cat([t, t]), embeds).sample.to(x)
     return guided(*both.chunk(2), w)
 
 
