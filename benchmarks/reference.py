@@ -33,17 +33,18 @@ def write_pipeline(
     torch.manual_seed(seed)
     options = {
         "sample_size": 16,
-        "block_out_channels": (64, 128, 192),
-        "layers_per_block": 2,
+        "block_out_channels": (64, 128, 128),
+        "layers_per_block": 1,
         "cross_attention_dim": 64,
         "attention_head_dim": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "time_cond_proj_dim": 256 if cond_proj else None,
     }
     _save(UNet2DConditionModel(**(options | unet)), folder / "unet")
     autoencoder = AutoencoderKL(
-        block_out_channels=(32, 64, 64, 64),
+        block_out_channels=(32, 32, 64, 64),
+        norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
@@ -89,6 +90,12 @@ class Reference:
         """Prompt embeddings [1, 77, C] of CLIP token ids, padded with the end token."""
         padded = token_ids + [49407] * (77 - len(token_ids))
         return self.text_encoder(torch.tensor([padded]))[0]
+
+    @torch.no_grad()
+    def decode(self, latents) -> torch.Tensor:
+        """Pictures [B, H, W, 3] in [0, 1] of latents in the pipeline's scale."""
+        pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def few_step(

@@ -18,6 +18,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import folder_paths
 import torch
+import torch
 
 from ..splam_core.checkpoint import (
     CLIP_PREFIX,
@@ -182,6 +183,11 @@ def build_vae(checkpoint: Checkpoint):
     """The autoencoder as a VAE."""
     vae = comfy.sd.VAE(sd=checkpoint.vae, config={"params": autoencoder_options(checkpoint.vae)})
     _check_keys(vae.first_stage_model, checkpoint.vae, "VAE")
+    # The host's class has 32 groups whatever the width; no shape tells their number.
+    groups = checkpoint.configs.get("vae", {}).get("norm_num_groups", 32)
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = groups
     return vae
 
 

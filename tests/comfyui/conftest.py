@@ -14,6 +14,13 @@ PIPELINES = {
     "plain": {},
     "gamma": {"cond_proj": True, "seed": 1},
     "v": {"prediction_type": "v_prediction", "seed": 2},
+    "sd15-like": {
+        "seed": 4,
+        "block_out_channels": (64, 128, 192),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
     "deep": {
         "seed": 3,
         "block_out_channels": (32, 64, 96, 96),
