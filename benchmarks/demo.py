@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from training.sheet import save_sheet
 
 from .comfy_server import ROOT, ComfyServer, ServerError, to_api
 from .graphs import save_image, stock, text_to_image
@@ -37,9 +39,9 @@ COLUMNS = (
         for steps in (1, 2, 4, 8)
     ),
     ("teacher, 4 steps", lambda prompt: text_to_image("embedded-teacher", prompt, seed=SEED, steps=4)),
-    ("teacher, 50 steps, guidance 3", lambda prompt: stock("embedded-teacher", prompt, seed=SEED, steps=50, cfg=3.0)),
+    ("teacher, 50 steps, w = 3", lambda prompt: stock("embedded-teacher", prompt, seed=SEED, steps=50, cfg=3.0)),
 )
-TILE, GAP, LABEL = 192, 8, 22
+TILE = 192
 
 
 def main() -> int:
@@ -76,29 +78,14 @@ def draw(server: ComfyServer, out: Path) -> tuple[Path, Path]:
     print(f"{WORKFLOW.name}: {time.monotonic() - started:.1f} s, loading included", flush=True)
     (out / "splam.png").write_bytes(picture)
 
-    rows = []
-    for number, prompt in enumerate(PROMPTS, 1):
-        queued = [server.queue(save_image(graph(prompt))) for _, graph in COLUMNS]
-        rows.append([Image.open(io.BytesIO(server.files(server.wait(one))[0])) for one in queued])
-        print(f"sheet: prompt {number} of {len(PROMPTS)}", flush=True)
-    sheet([heading for heading, _ in COLUMNS], PROMPTS, rows).save(out / "sheet.png")
+    columns = []
+    for number, (heading, graph) in enumerate(COLUMNS, 1):
+        queued = [server.queue(save_image(graph(prompt))) for prompt in PROMPTS]
+        pictures = [Image.open(io.BytesIO(server.files(server.wait(one))[0])).convert("RGB") for one in queued]
+        columns.append((heading, [picture.resize((TILE, TILE), Image.Resampling.LANCZOS) for picture in pictures]))
+        print(f"sheet: column {number} of {len(COLUMNS)}", flush=True)
+    save_sheet(out / "sheet.png", columns, PROMPTS)
     return out / "splam.png", out / "sheet.png"
-
-
-def sheet(headings, prompts, rows) -> Image.Image:
-    """Pictures in a grid: a heading over each column, the prompt under each row."""
-    width = GAP + len(headings) * (TILE + GAP)
-    image = Image.new("RGB", (width, GAP + LABEL + len(rows) * (TILE + LABEL + GAP)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for column, heading in enumerate(headings):
-        pen.text((GAP + column * (TILE + GAP), GAP // 2), heading, fill="black", font=font)
-    for row, (prompt, pictures) in enumerate(zip(prompts, rows, strict=True)):
-        top = GAP + LABEL + row * (TILE + LABEL + GAP)
-        for column, picture in enumerate(pictures):
-            tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
-            image.paste(tile, (GAP + column * (TILE + GAP), top))
-        pen.text((GAP, top + TILE + 3), f"{prompt} (seed {SEED}, the same in every column)", fill="dimgray", font=font)
-    return image
 
 
 if __name__ == "__main__":

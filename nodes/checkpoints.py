@@ -18,7 +18,6 @@ import comfy.sd1_clip
 import comfy.supported_models
 import folder_paths
 import torch
-import torch
 
 from ..splam_core.checkpoint import (
     CLIP_PREFIX,

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path
@@ -27,7 +28,7 @@ from training.embedded.judge import Judge, load_judge
 from training.embedded.loop import to_tensor
 from training.embedded.scenes import Caption, draw_caption, parse_caption, place, render
 from training.generate import SAMPLERS, generate, unet_evaluations
-from training.pipeline import EMBEDDED, NAMED, load_pipeline
+from training.pipeline import ASSETS, EMBEDDED, NAMED, load_pipeline
 from training.sheet import to_images
 
 PROTOCOLS = ("embedded",)
@@ -98,48 +99,75 @@ def score(judge: Judge, pictures: Tensor, captions: list[Caption]) -> dict[str, 
     return result | {"frechet_distance": frechet_distance(features(judge, pictures), reference)}
 
 
-def evaluate(arguments: argparse.Namespace) -> dict:
-    captions = (
-        read_captions(arguments.prompts) if arguments.prompts else drawn_captions(arguments.seed, arguments.num_images)
-    )
-    captions = [captions[index % len(captions)] for index in range(arguments.num_images)]
-    judge = load_judge(EMBEDDED.parent / "judge.safetensors")
-    if arguments.model == "renders":  # the ceiling: real scenes instead of a model's
-        pictures, evaluations = rendered(captions, arguments.seed), 0
-    else:
-        pipeline = load_pipeline(arguments.model, arguments.device)
-        prompts = [str(caption) for caption in captions]
-        seeds = range(arguments.seed * 1_000_003, arguments.seed * 1_000_003 + len(prompts))
-        latents = generate(
-            pipeline, prompts, seeds, arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.batch_size
-        )
-        pictures = pipeline.decode(latents.to(pipeline.device)).cpu()
-        evaluations = unet_evaluations(arguments.steps, arguments.guidance_scale)
-    if arguments.output_dir:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class Request:
+    """What to draw and to score; the command's flags."""
+
+    model: str  # a name of NAMED, a folder, or "renders" and "reconstructions", which bound what a model can reach
+    sampler: str = "splam"
+    steps: int = 4
+    guidance_scale: float = 1.0  # w; 1 is none
+    num_images: int = 512
+    seed: int = 0  # of captions and noise
+    prompts: Path | None = None
+    output_dir: Path | None = None  # keeps the pictures
+    batch_size: int = 64
+    device: str = "cpu"
+
+
+def evaluate(request: Request) -> dict:
+    """The scores of a request. Raises ValueError or FileNotFoundError for one that cannot be met."""
+    if request.num_images < 2:
+        raise ValueError(f"--num-images must be 2 or more, got {request.num_images}")
+    captions = read_captions(request.prompts) if request.prompts else drawn_captions(request.seed, request.num_images)
+    captions = [captions[index % len(captions)] for index in range(request.num_images)]
+    judge = load_judge(ASSETS / "judge.safetensors")
+    pictures, evaluations = draw(request, captions)
+    if request.output_dir:
+        request.output_dir.mkdir(parents=True, exist_ok=True)
         for index, (picture, caption) in enumerate(zip(to_images(pictures), captions, strict=True)):
-            picture.save(arguments.output_dir / f"{index:05d} {caption}.png")
+            picture.save(request.output_dir / f"{index:05d} {caption}.png")
     return score(judge, pictures, captions) | {
         "images": len(captions),
         "unet_evaluations_per_image": evaluations,
-        "seed": arguments.seed,
-        "model": arguments.model,
-        "sampler": arguments.sampler,
-        "steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale,
+        "seed": request.seed,
+        "model": request.model,
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
     }
+
+
+def draw(request: Request, captions: list[Caption]) -> tuple[Tensor, int]:
+    """A picture [B, 3, 128, 128] for each caption, and the UNet evaluations that each took."""
+    if request.model == "renders":
+        return rendered(captions, request.seed), 0
+    if request.model == "reconstructions":
+        pipeline = load_pipeline(EMBEDDED, request.device)
+        images = rendered(captions, request.seed).split(request.batch_size)
+        with torch.no_grad():
+            latents = torch.cat([pipeline.vae.encode(part.to(pipeline.device)).latent_dist.mean for part in images])
+        return pipeline.decode(latents * pipeline.vae.config.scaling_factor).cpu(), 0
+    pipeline = load_pipeline(request.model, request.device)
+    seeds = range(request.seed * 1_000_003, request.seed * 1_000_003 + len(captions))
+    prompts = [str(caption) for caption in captions]
+    latents = generate(
+        pipeline, prompts, seeds, request.sampler, request.steps, request.guidance_scale, request.batch_size
+    )
+    evaluations = unet_evaluations(request.steps, request.guidance_scale)
+    return pipeline.decode(latents.to(pipeline.device)).cpu(), evaluations
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="embedded")
     parser.add_argument(
-        "--model", required=True, help=f"{', '.join(NAMED)}, a pipeline or UNet folder, or 'renders' (the ceiling)"
+        "--model", required=True, help=f"{', '.join(NAMED)}, a folder, or 'renders' or 'reconstructions' (the ceilings)"
     )
     parser.add_argument("--sampler", choices=SAMPLERS, default="splam")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="w; 1 is none, and anything else costs two evaluations a step"
+        "--guidance-scale", type=float, default=1.0, help="w; 1 is none, anything else costs two evaluations a step"
     )
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -148,18 +176,19 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, help="keep the pictures here, named after their captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the scores go; they are printed in any case")
-    arguments = parser.parse_args()
+    options = vars(parser.parse_args())
+    file, _ = options.pop("json"), options.pop("protocol")
     try:
-        result = evaluate(arguments)
+        result = evaluate(Request(**options))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = json.dumps(result, indent=2)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.json.with_suffix(".tmp")
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, arguments.json)
+        os.replace(temporary, file)
     print(text)
     return 0
 

@@ -16,7 +16,7 @@ def to_images(pictures: torch.Tensor) -> list[Image.Image]:
 
 
 def save_sheet(path: Path, columns: Sequence[tuple[str, Sequence[Image.Image]]], rows: Sequence[str] = ()) -> None:
-    """A grid with one titled column for each (title, pictures) and an optional caption under each row."""
+    """A grid with one titled column for each (title, pictures) and an optional caption under each row of it."""
     width, height = columns[0][1][0].size
     font = ImageFont.load_default(size=max(11, height // 12))
     head, foot = int(font.size * 1.6), int(font.size * 1.6) if rows else 0

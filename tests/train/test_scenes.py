@@ -20,7 +20,7 @@ from training.embedded.scenes import (
     scene,
     signed_distance,
 )
-from training.pipeline import EMBEDDED
+from training.pipeline import ASSETS
 
 pytestmark = pytest.mark.train
 
@@ -94,7 +94,7 @@ def test_shows_wants_exactly_the_caption():
 
 
 def test_the_judge_is_right_on_held_out_renders():
-    judge = load_judge(EMBEDDED.parent / "judge.safetensors")
+    judge = load_judge(ASSETS / "judge.safetensors")
     scenes = [scene(987, index, held_out=None) for index in range(500)]
     images = torch.stack([to_tensor(image) for image, _, _ in scenes])
     captions = [caption for _, caption, _ in scenes]

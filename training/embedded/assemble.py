@@ -1,0 +1,37 @@
+"""Put finished trainings into assets/: the pipeline with the teacher and the judge, or the student's UNet.
+
+python -m training.embedded.assemble --run-dir runs/embedded
+python -m training.embedded.assemble --run-dir runs/embedded --student runs/student
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ..pipeline import ASSETS, EMBEDDED
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
+    parser.add_argument("--student", type=Path, help="output folder of training/distill.py")
+    args = parser.parse_args()
+    if args.student:
+        shutil.copytree(args.student / "pipeline" / "unet", EMBEDDED / "student", dirs_exist_ok=True)
+        return
+    shutil.copytree(args.run_dir / "pipeline", EMBEDDED, dirs_exist_ok=True)
+    # Not the autoencoder that the teacher was trained with, but the one whose decoder has been polished since.
+    vae = AutoencoderKL.from_pretrained(args.run_dir / "vae")
+    vae.to(torch.float16).save_pretrained(EMBEDDED / "vae")
+    shutil.copy(args.run_dir / "judge.safetensors", ASSETS / "judge.safetensors")
+    for file in ASSETS.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+if __name__ == "__main__":
+    main()
