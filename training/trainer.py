@@ -40,6 +40,7 @@ from .generate import guided_output
 from .pipeline import Pipeline
 
 GAMMA_DIM = 256
+GRID = 50  # t is uniform on the timesteps that few-step sampling picks from: 19, 39, .., 999
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -122,8 +123,8 @@ class Distillation:
         latents, captions = self.data.batch(indices)
         embeds = pipeline.encode(captions)
         noise, u_t, u_gamma = (part.to(latents.device) for part in draws(self.config.seed, indices, latents.shape[1:]))
-        spacing = schedule.num_train_timesteps // 50
-        t = ((u_t * 50).long() + 1) * spacing - 1  # uniform on the grid that sampling uses
+        spacing = schedule.num_train_timesteps // GRID
+        t = ((u_t * GRID).long() + 1) * spacing - 1
         x_t = add_noise(latents, noise, t, schedule)
 
         def teacher(x: Tensor, t: Tensor) -> Tensor:

@@ -135,6 +135,15 @@ def encode_scenes(vae: AutoencoderKL, seed: int, count: int, path: Path) -> tupl
     return state["latents"], state["captions"]
 
 
+def loss_weight(ratio: torch.Tensor) -> torch.Tensor:
+    """Weight of the squared error of epsilon at the noise-to-signal ratio sigma/alpha.
+
+    Min-SNR where the signal is strong. Where noise is, the error of epsilon says little of the layout, which is decided
+    there: unweighted, objects were drawn well and stood in the right relation no more often than by chance.
+    """
+    return (MIN_SNR_GAMMA * ratio**2).clamp(max=1) * ratio.clamp(min=1).pow(1.5).clamp(max=20)
+
+
 def denoising_loss(
     modules: torch.nn.ModuleDict,
     x_0: torch.Tensor,
@@ -144,20 +153,19 @@ def denoising_loss(
     alpha: torch.Tensor,
     sigma: torch.Tensor,
 ) -> torch.Tensor:
-    """Epsilon prediction with Min-SNR weights."""
+    """Epsilon prediction, weighted by `loss_weight`."""
     # The fused attention's backward pass takes half of the time on a CPU at these lengths; the plain one does not.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         embeds = modules["text_encoder"](tokens).last_hidden_state
         output = modules["unet"](alpha * x_0 + sigma * noise, t, embeds).sample
-    weight = (MIN_SNR_GAMMA * (sigma / alpha) ** 2).clamp(max=1)
-    return (weight * (output.float() - noise) ** 2).mean()
+    return (loss_weight(sigma / alpha) * (output.float() - noise) ** 2).mean()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
     parser.add_argument("--scenes", type=int, default=32000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=8500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=200)
@@ -183,7 +191,9 @@ def main() -> None:
     def loss_at(_: int, chosen: torch.Tensor) -> torch.Tensor:
         x_0 = latents[chosen].float()
         text = torch.where(torch.rand(len(chosen), 1) < CAPTION_DROP, tokens[-1:], tokens[chosen])
-        t = torch.randint(0, schedule.num_train_timesteps, (len(chosen),))
+        last = schedule.num_train_timesteps
+        lowest = torch.where(torch.rand(len(chosen)) < 0.5, last // 2, 0)  # the noisy half gets three quarters
+        t = lowest + (torch.rand(len(chosen)) * (last - lowest)).long()
         alpha, sigma = (level(t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
         return denoising_loss(modules, x_0, text, torch.randn_like(x_0), t, alpha, sigma)
 
