@@ -8,8 +8,8 @@ from training.embedded.judge import load_judge, shows
 from training.embedded.loop import to_tensor
 from training.embedded.scenes import (
     COLOURS,
+    DIRECTIONS,
     IMAGE_SIZE,
-    RELATIONS,
     SHAPES,
     SIZES,
     Caption,
@@ -59,7 +59,6 @@ def test_training_never_shows_a_held_out_pair():
 
 
 def test_things_lie_inside_apart_and_in_their_relation():
-    signs = dict(zip(RELATIONS, [(0, -1), (0, 1), (-1, 0), (1, 0)], strict=True))
     for index in range(300):
         rng = np.random.default_rng(index)
         caption = draw_caption(rng)
@@ -69,7 +68,7 @@ def test_things_lie_inside_apart_and_in_their_relation():
             assert SIZES[item.thing.size][0] <= item.radius <= SIZES[item.thing.size][1]
         if caption.relation:
             a, b = placed
-            dx, dy = signs[caption.relation]
+            dx, dy = DIRECTIONS[caption.relation]
             along, across = (a.x - b.x) * dx + (a.y - b.y) * dy, (a.x - b.x) * dy + (a.y - b.y) * dx
             assert along > 2 * abs(across) and np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
 

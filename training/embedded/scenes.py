@@ -27,7 +27,8 @@ COLOURS = {  # hue, saturation, value
     "pink": (0.93, 0.42, 0.97),
 }
 SIZES = {"small": (14.0, 18.0), "large": (25.0, 30.0)}  # radius, px
-RELATIONS = ("above", "below", "to the left of", "to the right of")
+DIRECTIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # y points down
+RELATIONS = tuple(DIRECTIONS)
 MARGIN = 2.0  # px between an object and the border, and half of that between two objects
 
 
@@ -106,13 +107,22 @@ class Placed:
 
 
 def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
-    """Positions that fulfil the caption: inside the picture, apart, and with the relation's axis dominating 2:1."""
+    """Positions that fulfil the caption: inside the picture; of two, either side of its middle along their relation."""
+    middle = IMAGE_SIZE / 2
     while True:
         placed = []
-        for thing in caption.things:
+        for number, thing in enumerate(caption.things):
             radius = rng.uniform(*SIZES[thing.size])
-            low, high = radius + MARGIN, IMAGE_SIZE - radius - MARGIN
-            placed.append(Placed(thing, rng.uniform(low, high), rng.uniform(low, high), radius, rng.uniform(-0.4, 0.4)))
+            reach = middle - radius - MARGIN
+            if caption.relation is None:
+                x, y = middle + rng.uniform(-reach, reach, 2)
+            else:
+                # Where a caption puts things must show in the average of its pictures, or a model learns it very late.
+                along, across = rng.uniform(22, reach), rng.uniform(-16, 16)
+                dx, dy = DIRECTIONS[caption.relation]
+                side = along if number == 0 else -along
+                x, y = middle + side * dx + across * dy, middle + side * dy + across * dx
+            placed.append(Placed(thing, x, y, radius, rng.uniform(-0.4, 0.4)))
         if caption.relation is None or related(placed[0], placed[1], caption.relation, dominance=2.0):
             return tuple(placed)
 
@@ -120,12 +130,8 @@ def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
 def related(a: Placed, b: Placed, relation: str, dominance: float = 1.0) -> bool:
     """Whether a stands in `relation` to b, clear of it, the offset along its axis `dominance` times that across."""
     dx, dy = a.x - b.x, a.y - b.y
-    along, across = {
-        "above": (-dy, dx),
-        "below": (dy, dx),
-        "to the left of": (-dx, dy),
-        "to the right of": (dx, dy),
-    }[relation]
+    toward_x, toward_y = DIRECTIONS[relation]
+    along, across = dx * toward_x + dy * toward_y, dx * toward_y + dy * toward_x
     return along > dominance * abs(across) and (dominance == 1.0 or np.hypot(dx, dy) > a.radius + b.radius + MARGIN)
 
 

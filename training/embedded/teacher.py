@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from splam_core import NoiseSchedule
 
@@ -30,12 +30,13 @@ from ..pipeline import Pipeline
 from ..sheet import save_sheet, to_images
 from .autoencoder import SCALING_FACTOR
 from .loop import save_atomic, to_tensor, train
-from .scenes import IMAGE_SIZE, scene
+from .scenes import IMAGE_SIZE, parse_caption, scene
+from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
-TEXT_WIDTH = 64
 CHUNK = 32  # scenes encoded at once
 GUIDANCE_SCALE = 3.0
 CAPTION_DROP = 0.1
+LAYOUT_WEIGHT = 0.1
 MIN_SNR_GAMMA = 5.0  # Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, eq. 8
 
 
@@ -48,26 +49,8 @@ def build_unet() -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=WIDTH,
         attention_head_dim=8,
-    )
-
-
-def build_text_encoder() -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            hidden_act="quick_gelu",
-            bos_token_id=49406,
-            eos_token_id=49407,
-            pad_token_id=1,
-        )
     )
 
 
@@ -146,26 +129,29 @@ def loss_weight(ratio: torch.Tensor) -> torch.Tensor:
 
 def denoising_loss(
     modules: torch.nn.ModuleDict,
-    x_0: torch.Tensor,
-    tokens: torch.Tensor,
+    x_t: torch.Tensor,
     noise: torch.Tensor,
     t: torch.Tensor,
-    alpha: torch.Tensor,
-    sigma: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    target: torch.Tensor,
 ) -> torch.Tensor:
-    """Epsilon prediction, weighted by `loss_weight`."""
+    """Weighted squared error of epsilon; and the layout that the captions of `target` (all but the dropped) tell."""
     # The fused attention's backward pass takes half of the time on a CPU at these lengths; the plain one does not.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        embeds = modules["text_encoder"](tokens).last_hidden_state
-        output = modules["unet"](alpha * x_0 + sigma * noise, t, embeds).sample
-    return (loss_weight(sigma / alpha) * (output.float() - noise) ** 2).mean()
+        hidden = modules["text_encoder"](tokens).last_hidden_state
+        output = modules["unet"](x_t, t, hidden).sample
+    told = target.flatten(1).any(1)
+    reading, _ = modules["layout"](hidden[told], tokens[told], target[told])
+    return (weight * (output.float() - noise) ** 2).mean() + LAYOUT_WEIGHT * reading
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
     parser.add_argument("--scenes", type=int, default=32000)
-    parser.add_argument("--steps", type=int, default=8500)
+    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=200)
@@ -176,7 +162,12 @@ def main() -> None:
     tokenizer, schedule = build_tokenizer(), NoiseSchedule.scaled_linear()
     tokens = tokenizer([*captions, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
 
-    modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder()})
+    targets = torch.tensor([layout(parse_caption(caption)) for caption in captions])
+    targets = torch.cat([targets, torch.zeros_like(targets[:1])])
+
+    modules = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(), "layout": LayoutHead()})
+    if not (args.run_dir / "teacher.pt").exists():
+        pretrain(modules, tokenizer, args.text_steps, args.run_dir / "text.pt", args.seed + 2)
     ema = copy.deepcopy(modules).eval().requires_grad_(False)
     pipeline = Pipeline(ema["unet"], vae, ema["text_encoder"], tokenizer, schedule, "epsilon")
 
@@ -190,12 +181,15 @@ def main() -> None:
 
     def loss_at(_: int, chosen: torch.Tensor) -> torch.Tensor:
         x_0 = latents[chosen].float()
-        text = torch.where(torch.rand(len(chosen), 1) < CAPTION_DROP, tokens[-1:], tokens[chosen])
+        text = torch.where(torch.rand(len(chosen)) < CAPTION_DROP, len(latents), chosen)  # the last is the empty one
         last = schedule.num_train_timesteps
         lowest = torch.where(torch.rand(len(chosen)) < 0.5, last // 2, 0)  # the noisy half gets three quarters
         t = lowest + (torch.rand(len(chosen)) * (last - lowest)).long()
         alpha, sigma = (level(t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
-        return denoising_loss(modules, x_0, text, torch.randn_like(x_0), t, alpha, sigma)
+        noise, ratio = torch.randn_like(x_0), sigma / alpha
+        return denoising_loss(
+            modules, alpha * x_0 + sigma * noise, noise, t, loss_weight(ratio), tokens[text], targets[text]
+        )
 
     checkpoint = args.run_dir / "teacher.pt"
     shown = [str(scene(args.seed + 1, index)[1]) for index in range(36)]
