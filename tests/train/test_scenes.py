@@ -20,6 +20,7 @@ from training.embedded.scenes import (
     scene,
     signed_distance,
 )
+from training.embedded.text import SIDES, layout
 from training.pipeline import ASSETS
 
 pytestmark = pytest.mark.train
@@ -79,6 +80,15 @@ def test_outlines_fill_their_unit_circle(shape):
     inside = signed_distance(shape, x, y) < 0
     assert not inside[np.hypot(x, y) > 1.25].any()
     assert 0.25 < inside.mean() * 2.8**2 < np.pi
+
+
+def test_the_layout_says_what_stands_on_which_side():
+    red_star, blue_ring = [2, 1, 4], [1, 6, 5]  # 1 + index of size, colour, shape
+    sides = dict(zip(SIDES, layout(parse_caption("a large red star above a small blue ring")), strict=True))
+    assert sides == {None: [0] * 3, "above": red_star, "below": blue_ring} | dict.fromkeys(SIDES[3:], [0] * 3)
+    turned = layout(parse_caption("a small blue ring below a large red star"))
+    assert turned == list(sides.values())
+    assert layout(parse_caption("a large red star"))[0] == red_star
 
 
 def test_shows_wants_exactly_the_caption():
