@@ -58,16 +58,21 @@ class Pipeline:
 def load_pipeline(
     model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Pipeline:
-    """A diffusers pipeline folder, a UNet folder (the rest is then the embedded pipeline's), or a name of NAMED.
+    """A diffusers pipeline folder, a finished run's folder, a UNet folder, or a name of NAMED.
+
+    What a UNet folder lacks is taken from the embedded pipeline.
 
     Raises FileNotFoundError if there is no such model. Reads safetensors only.
     """
     folder = NAMED.get(str(model), Path(model))
+    if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
+        folder = folder / "pipeline"
     unet = folder if (folder / "diffusion_pytorch_model.safetensors").is_file() else folder / "unet"
     if not (unet / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a UNet folder "
-            f"(with config.json and diffusion_pytorch_model.safetensors), or one of {', '.join(NAMED)}"
+            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
+            f"which training/distill.py finished, a UNet folder (with config.json and "
+            f"diffusion_pytorch_model.safetensors), or one of {', '.join(NAMED)}"
         )
     rest = folder if (folder / "vae").is_dir() else EMBEDDED
     options = {"torch_dtype": dtype, "use_safetensors": True}
