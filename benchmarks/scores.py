@@ -2,7 +2,8 @@
 
     python -m benchmarks.scores --json docs/results/embedded.json
 
-Each row is one `training/evaluate.py --protocol embedded` with the same captions and seeds.
+Each row is one `training/evaluate.py --protocol embedded` with the same captions and seeds. Rows that the file has
+already are kept, so that an interrupted run goes on; --rows names the ones to make.
 """
 
 from __future__ import annotations
@@ -49,16 +50,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = {}
-    for name, row in ROWS.items():
+    done = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    results = {name: done[name] for name in ROWS if name in done}
+    for name in options.rows:
+        if name in results:
+            continue
+        row = ROWS[name]
         results[name] = evaluate(Request(**row, num_images=options.num_images, seed=options.seed))
         print(f"{name}: {100 * results[name]['attribute_accuracy']:.1f} %", flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(table(results))
+    print(table({name: results[name] for name in ROWS if name in results}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.embedded.teacher import build_scheduler, build_tokenizer
+from training.embedded.teacher import build_scheduler
+from training.pipeline import EMBEDDED
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def tiny_pipeline(tmp_path_factory):
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
-        tokenizer=build_tokenizer(),
+        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer"),
         unet=unet,
         scheduler=build_scheduler(),
         safety_checker=None,

@@ -24,7 +24,7 @@ def main() -> None:
     if args.student:
         shutil.copytree(args.student / "pipeline" / "unet", EMBEDDED / "student", dirs_exist_ok=True)
         return
-    shutil.copytree(args.run_dir / "pipeline", EMBEDDED, dirs_exist_ok=True)
+    shutil.copytree(args.run_dir / "pipeline", EMBEDDED, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokenizer"))
     # Not the autoencoder that the teacher was trained with, but the one whose decoder has been polished since.
     vae = AutoencoderKL.from_pretrained(args.run_dir / "vae")
     vae.to(torch.float16).save_pretrained(EMBEDDED / "vae")

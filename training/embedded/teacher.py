@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
-import json
 import os
-import tempfile
 from pathlib import Path
 
-import open_clip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +22,7 @@ from transformers import CLIPTokenizer
 from splam_core import NoiseSchedule
 
 from ..generate import generate
-from ..pipeline import Pipeline
+from ..pipeline import EMBEDDED, Pipeline
 from ..sheet import save_sheet, to_images
 from .autoencoder import SCALING_FACTOR
 from .loop import save_atomic, to_tensor, train
@@ -52,19 +48,6 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
     )
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's own tokenizer (MIT), from the merges file that open_clip_torch ships."""
-    merges_file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.decompress(merges_file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    symbols = list(open_clip.tokenizer.bytes_to_unicode().values())
-    symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair.split()) for pair in merges]
-    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -159,7 +142,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.run_dir / "vae").eval().requires_grad_(False)
     latents, captions = encode_scenes(vae, args.seed, args.scenes, args.run_dir / "latents.pt")
-    tokenizer, schedule = build_tokenizer(), NoiseSchedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear()
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")  # CLIP's own, which is not trained
     tokens = tokenizer([*captions, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
 
     targets = torch.tensor([layout(parse_caption(caption)) for caption in captions])
