@@ -33,10 +33,10 @@ STEPS = (1, 2, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "methods")
-    parser.add_argument("--budget", type=int, default=100_000, help="UNet forwards of one sample")
-    parser.add_argument("--train-batch-size", type=int, default=48)
+    parser.add_argument("--budget", type=int, default=40_000, help="UNet forwards of one sample")
+    parser.add_argument("--train-batch-size", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
-    parser.add_argument("--num-images", type=int, default=512)
+    parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument(
         "--only", choices=METHODS, nargs="+", default=list(METHODS), help="train these, to share the work"
     )
@@ -66,7 +66,13 @@ def train(name: str, options: argparse.Namespace) -> None:
     folder = options.work_dir / name
     if (folder / "pipeline").is_dir():
         return
-    settings = {"train_batch_size": options.train_batch_size, "seed": options.seed, "sample_every": 0} | METHODS[name]
+    settings = {
+        "train_batch_size": options.train_batch_size,
+        "seed": options.seed,
+        "sample_every": 0,
+        "num_scenes": 1024,
+    }
+    settings |= METHODS[name]
     cost = Config(teacher="embedded", **settings).unet_forwards_per_sample
     settings["max_train_steps"] = round(options.budget / (cost * options.train_batch_size))
     flags = [text for key, value in settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]

@@ -19,8 +19,9 @@ def published():
 def test_the_student_keeps_what_its_teacher_can(published):
     teacher = published["teacher, DDIM 50 steps, w=3"]["attribute_accuracy"]
     assert published["student, 4 steps"]["attribute_accuracy"] > teacher - 0.05
-    assert published["student, 2 steps"]["attribute_accuracy"] > teacher - 0.10
-    assert published["teacher undistilled, same sampler, 4 steps"]["attribute_accuracy"] < teacher - 0.30
+    undistilled = published["teacher undistilled, same sampler, 4 steps"]["attribute_accuracy"]
+    assert published["student, 2 steps"]["attribute_accuracy"] > undistilled + 0.05
+    assert undistilled < teacher - 0.10
 
 
 @pytest.mark.parametrize("row", ["reconstructions (the autoencoder's ceiling)", "student, 2 steps", "student, 4 steps"])
