@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from splam_core.checkpoint import diffusers_to_ldm, save_file
+from splam_core.checkpoint import diffusers_to_ldm, load_file, save_file
 
 from .config import Config
 from .pipeline import Pipeline
@@ -46,8 +46,17 @@ def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path,
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=dtype).save_pretrained(partial)
+    drop_paths(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def drop_paths(folder: Path) -> None:
+    """Take out of the configurations where on this machine their models were loaded from."""
+    for file in folder.rglob("config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_single_file(folder: Path, file: Path, config: Config) -> None:
@@ -55,8 +64,6 @@ def save_single_file(folder: Path, file: Path, config: Config) -> None:
 
     The configurations of the parts ride along as JSON, since shapes do not tell the number of attention heads.
     """
-    from splam_core.checkpoint import load_file
-
     state_dict = diffusers_to_ldm(
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
         load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),

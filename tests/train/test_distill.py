@@ -89,6 +89,7 @@ def test_every_method_ends_in_a_folder_and_a_single_file(tiny_pipeline, tmp_path
         assert saved.keys() == converted.keys() and all(torch.equal(saved[key], converted[key]) for key in saved)
     pipeline = load_pipeline(out)
     assert generate(pipeline, ["a small red ring"], [1], steps=2).isfinite().all()
+    assert str(tiny_pipeline) not in (out / "pipeline" / "unet" / "config.json").read_text()
     before = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     assert before.keys() == unet.keys() and any(not torch.equal(before[key], unet[key]) for key in before)
 

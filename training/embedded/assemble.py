@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from ..export import drop_paths
 from ..pipeline import ASSETS, EMBEDDED
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     # Not the autoencoder that the teacher was trained with, but the one whose decoder has been polished since.
     vae = AutoencoderKL.from_pretrained(args.run_dir / "vae")
     vae.to(torch.float16).save_pretrained(EMBEDDED / "vae")
+    drop_paths(EMBEDDED)
     shutil.copy(args.run_dir / "judge.safetensors", ASSETS / "judge.safetensors")
     for file in ASSETS.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
