@@ -24,7 +24,7 @@ class Config:
     method: str = _flag(
         "splam", "SLAD (eq. 17), latent consistency (eq. 7) or Direct Linking (eq. 27)", ("splam", "lcm", "dl")
     )
-    max_train_steps: int = _flag(900, "optimizer steps")
+    max_train_steps: int = _flag(1300, "optimizer steps")
     train_batch_size: int = _flag(32, "pictures a step and process")
     learning_rate: float = _flag(3e-4, "AdamW's; 8e-6 is the paper's for SD1.5 at batch 1024")
     weight_decay: float = _flag(0.0, "AdamW's")
