@@ -82,7 +82,7 @@ def distill(config: Config) -> None:
             bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images / progress.seconds:.1f} images/s")
             if not main:
                 continue
-            lines.write(json.dumps({key: value for key, value in vars(progress).items() if key != "saved"}) + "\n")
+            lines.write(json.dumps(vars(progress)) + "\n")
             lines.flush()
             last = progress.step == config.max_train_steps
             if sheets and (progress.step % config.sample_every == 0 or last):
@@ -95,9 +95,10 @@ def distill(config: Config) -> None:
 
 
 def _keep_log(log: Path, step: int) -> None:
-    """Drop what the log says of steps after `step`: they will be done again."""
+    """Drop what the log says of steps after `step`, which will be done again, and a line that was cut off."""
     if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        whole = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
         log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 

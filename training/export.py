@@ -16,22 +16,6 @@ from .config import Config
 from .pipeline import Pipeline
 
 
-def lcm_scheduler(pipeline: Pipeline) -> LCMScheduler:
-    """A finished student's scheduler: diffusers' own, so that `StableDiffusionPipeline` samples it as it should."""
-    schedule = pipeline.schedule
-    return LCMScheduler(
-        num_train_timesteps=schedule.num_train_timesteps,
-        trained_betas=None,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=pipeline.prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
     """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
     partial = folder.with_name(folder.name + ".partial")
@@ -41,7 +25,8 @@ def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path,
         text_encoder=copy.deepcopy(pipeline.text_encoder),
         tokenizer=pipeline.tokenizer,
         unet=copy.deepcopy(unet),
-        scheduler=lcm_scheduler(pipeline),
+        # The schedule is the teacher's; `StableDiffusionPipeline` then samples the student as it should.
+        scheduler=LCMScheduler.from_config(pipeline.scheduler_config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -69,12 +54,13 @@ def save_single_file(folder: Path, file: Path, config: Config) -> None:
         load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),
         load_file(folder / "text_encoder" / "model.safetensors"),
     )
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "sgm",
         "modelspec.title": config.name,
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(scheduler["prediction_type"], "epsilon"),
         "splam.method": config.method,
         "splam.skip": str(config.skip),
         "splam.solver_skip": str(config.solver_skip),

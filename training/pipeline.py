@@ -25,7 +25,11 @@ class Pipeline:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
-    prediction_type: str
+    scheduler_config: dict  # diffusers' scheduler_config.json, which `schedule` was read from
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +89,6 @@ def load_pipeline(
     return Pipeline(
         *(part.to(device).eval().requires_grad_(False) for part in parts),
         CLIPTokenizer.from_pretrained(rest, subfolder="tokenizer"),
-        NoiseSchedule.from_config(scheduler),
-        scheduler.get("prediction_type", "epsilon"),
+        NoiseSchedule.from_config(scheduler).to(device),
+        scheduler,
     )

@@ -22,9 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from splam_core import (
     Denoiser,
-    DirectLinking,
     Objective,
-    SubPathLinear,
     add_noise,
     ema_update,
     gamma_embedding,
@@ -32,6 +30,7 @@ from splam_core import (
     predict_epsilon,
     pseudo_huber,
     sample_gamma,
+    subpath_for,
 )
 
 from .config import Config
@@ -55,7 +54,6 @@ class Progress:
     images: int
     unet_forwards: int
     seconds: float
-    saved: Path | None
 
 
 def make_student(teacher: UNet2DConditionModel, gamma_conditioning: str) -> UNet2DConditionModel:
@@ -82,15 +80,14 @@ class Distillation:
 
     def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
-        conditioning = (
-            "noise-level" if config.method == "lcm" else config.gamma_conditioning
-        )  # LCM has no gamma to tell
+        # LCM has no gamma to tell.
+        conditioning = "noise-level" if config.method == "lcm" else config.gamma_conditioning
         student = make_student(pipeline.unet, conditioning)
         self.target = copy.deepcopy(student).requires_grad_(False)
         pipeline.unet.to(DTYPES[config.teacher_dtype])
         optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.student, self.optimizer = accelerator.prepare(student.train(), optimizer)
-        subpath = (DirectLinking if config.method == "dl" else SubPathLinear)(pipeline.schedule, config.sigma_level)
+        subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
         denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, conditioning, subpath)
         self.objective = Objective(denoiser, config.method, config.skip, config.solver_skip, distance)
@@ -160,7 +157,6 @@ class Distillation:
             self.optimizer.zero_grad(set_to_none=True)
             ema_update(self.target.parameters(), accelerator.unwrap_model(self.student).parameters(), config.ema_decay)
             self.step += 1
-            save = self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps
             yield Progress(
                 step=self.step,
                 loss=accelerator.reduce(loss.detach(), "mean").item(),
@@ -169,8 +165,11 @@ class Distillation:
                 images=whole,
                 unet_forwards=whole * config.unet_forwards_per_sample,
                 seconds=time.perf_counter() - since,
-                saved=self.save() if save and accelerator.is_main_process else None,
             )
+            # After the caller has logged the step, so that a log never lacks a step that its checkpoint has.
+            due = self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps
+            if due and accelerator.is_main_process:
+                self.save()
 
     def _schedule(self, step: int | None = None) -> float:
         """The learning rate of a step as a share of the configured one."""

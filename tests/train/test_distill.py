@@ -98,7 +98,9 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(tiny_pipeline, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     small(tiny_pipeline, whole, 6, "--checkpointing-steps", 2, "--checkpoints-total-limit", 9)
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
-    (cut / "log.jsonl").write_text("".join((whole / "log.jsonl").read_text().splitlines(True)[:3]))  # died at step 4
+    (cut / "log.jsonl").write_text(
+        "".join((whole / "log.jsonl").read_text().splitlines(True)[:3]) + '{"st'
+    )  # died at step 4
     small(tiny_pipeline, cut, 6, "--resume-from-checkpoint", "latest")
     assert losses(cut) == losses(whole)
     results = [

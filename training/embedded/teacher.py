@@ -153,7 +153,7 @@ def main() -> None:
     if not (args.run_dir / "teacher.pt").exists():
         pretrain(modules, tokenizer, args.text_steps, args.run_dir / "text.pt", args.seed + 2)
     ema = copy.deepcopy(modules).eval().requires_grad_(False)
-    pipeline = Pipeline(ema["unet"], vae, ema["text_encoder"], tokenizer, schedule, "epsilon")
+    pipeline = Pipeline(ema["unet"], vae, ema["text_encoder"], tokenizer, schedule, dict(build_scheduler().config))
 
     def data_from(first: int):
         """Epoch e visits the scenes in the order of the generator seeded with e."""
