@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .gamma import authors_embedding, fold, guidance_embedding
-from .keys import Pair, rename, unet_pairs, vae_pairs
+from .keys import LORA_PARTS, LoraKey, Pair, lora_key, rename, unet_pairs, vae_pairs
 
 StateDict = dict[str, Tensor]
 
@@ -22,11 +25,8 @@ VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-_KOHYA_ROLES = {
-    ".lora_A.weight": ".lora_down.weight",
-    ".lora_B.weight": ".lora_up.weight",
-    ".diff_b": ".diff_b",
-}
+# Names that hosts know as they are: kohya's, and the host's own paths of modules.
+_HOST_LORA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "diffusion_model.")
 # cond_proj's name and the layer that it feeds, in diffusers and in LDM.
 _COND_PROJ: list[Pair] = [
     ("time_embedding.cond_proj.weight", "time_embedding.linear_1"),
@@ -98,37 +98,66 @@ def fold_gamma(state_dict: Mapping[str, Tensor], embedded: str | float = "splam"
     found = [(key, name, feeds) for key in state_dict for name, feeds in _COND_PROJ if _is_or_ends(key, name)]
     folded = dict(state_dict)
     for key, name, feeds in found:
-        cond_proj = folded.pop(key)
+        cond_proj, layer = folded.pop(key), key.removesuffix(name) + feeds
+        cond_proj = cond_proj.double() * folded.pop(key.removesuffix("weight") + "scale_weight", 1.0)
         phi = _constant_embedding(embedded, cond_proj.shape[1])
-        layer = key.removesuffix(name) + feeds
         if f"{layer}.weight" not in folded or f"{layer}.bias" not in folded:
             raise ValueError(f"found {key!r} without the layer it feeds, {layer!r} (weight and bias): incomplete UNet.")
         bias = folded[f"{layer}.bias"]
-        delta = fold(folded[f"{layer}.weight"], cond_proj, phi)
+        # ComfyUI's scaled fp8 files keep a weight's factor beside it.
+        linear_1 = folded[f"{layer}.weight"].double() * folded.get(f"{layer}.scale_weight", 1.0)
+        delta = fold(linear_1, cond_proj, phi)
         folded[f"{layer}.bias"] = (bias.double().cpu() + delta).to(bias)
     return folded, bool(found)
 
 
-def lora_to_kohya(lora: Mapping[str, Tensor], alpha: float | None = None) -> StateDict:
-    """A UNet LoRA from peft's names (`...lora_A.weight`) to kohya's, which every host loads.
+def lora_to_kohya(
+    lora: Mapping[str, Tensor],
+    alpha: float | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+) -> StateDict:
+    """A LoRA from peft's or diffusers' names to kohya's, which every host loads; kohya's own keys pass.
 
-    Keys are those of a diffusers UNet, with or without "unet." or "base_model.model." in front. Each module gets an
-    alpha, its weight being alpha/rank * up @ down; None means alpha = rank. Bias deltas go in as `<module>.diff_b`.
-    Raises ValueError for a key that is none of these.
+    Keys are those of a diffusers UNet or of its text encoders, each with or without "unet.", "text_encoder.",
+    "text_encoder_2." or "base_model.model." in front. Each module gets an alpha, its weight being alpha/rank * up @
+    down: the file's own, else the argument, else what `adapters` (see `lora_adapters`) says of its part, else its rank.
+    Bias deltas are `<module>.diff_b`. Raises ValueError for a key that is none of these.
     """
-    kohya: StateDict = {}
-    for key, weight in lora.items():
-        path = key.removeprefix("base_model.model.").removeprefix("unet.")
-        for ending, role in _KOHYA_ROLES.items():
-            if path.endswith(ending):
-                module = "lora_unet_" + path.removesuffix(ending).replace(".", "_")
-                kohya[module + role] = weight
-                if role == ".lora_down.weight":
-                    kohya[module + ".alpha"] = torch.tensor(float(weight.shape[0] if alpha is None else alpha))
-                break
-        else:
-            raise ValueError(f"LoRA: expected keys ending in one of {list(_KOHYA_ROLES)}, found {key!r}.")
+    parsed = {key: lora_key(key) for key in lora if not key.startswith(_HOST_LORA_PREFIXES)}
+    unknown = next((key for key, found in parsed.items() if found is None), None)
+    if unknown is not None:
+        raise ValueError(
+            f"LoRA: expected keys ending in lora_A.weight, lora_B.weight, alpha, diff or diff_b, found {unknown!r}."
+        )
+    two_encoders = any(found.part == "text_encoder_2" for found in parsed.values())
+    prefixes = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}
+    prefixes["text_encoder"] = "lora_te1_" if two_encoders else "lora_te_"
+    # transformers 5 has no "text_model." in a CLIPTextModel's names, and diffusers' writer takes them as they are.
+    kohya: StateDict = {
+        re.sub("^(lora_te[12]?_)encoder_", r"\1text_model_encoder_", key): weight
+        for key, weight in lora.items()
+        if key not in parsed
+    }
+    for key, found in parsed.items():
+        module = prefixes[found.part] + found.module.replace(".", "_")
+        kohya[f"{module}.{found.role}"] = lora[key]
+        if found.role == "lora_down.weight":
+            rank = lora[key].shape[0]
+            chosen = alpha if alpha is not None else _alpha(found, rank, (adapters or {}).get(found.part, {}))
+            kohya.setdefault(f"{module}.alpha", torch.tensor(float(chosen)))
     return kohya
+
+
+def lora_adapters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """{part: peft's LoraConfig} that diffusers writes into a LoRA file's metadata; empty if there is none."""
+    try:
+        flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    return {
+        part: {key.removeprefix(part + "."): value for key, value in flat.items() if key.startswith(part + ".")}
+        for part in LORA_PARTS
+    }
 
 
 def load_file(path: str | os.PathLike[str], device: str = "cpu") -> StateDict:
@@ -188,6 +217,15 @@ def _require_safetensors_name(path: Path) -> None:
         f"{path}: expected a .safetensors file, found {found}. Convert it to safetensors, or use the model's "
         ".safetensors download."
     )
+
+
+def _alpha(key: LoraKey, rank: int, adapter: Mapping[str, Any]) -> float:
+    """The alpha in alpha/rank that peft means for a module: its pattern's, else the adapter's, else the rank."""
+    found = adapter.get("lora_alpha", rank)
+    for pattern, value in (adapter.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", key.module):
+            found = value
+    return found * rank**0.5 if adapter.get("use_rslora") else found
 
 
 def _constant_embedding(embedded: str | float, dim: int) -> Tensor:

@@ -47,6 +47,27 @@ _VAE_ATTENTION: list[tuple[str, str, str]] = [
 ]
 
 
+LORA_PARTS = ("unet", "text_encoder_2", "text_encoder")
+# Endings of a LoRA's keys and what they are in kohya's names, longer ones first.
+_LORA_ROLES = {
+    ".lora_A.default.weight": "lora_down.weight",
+    ".lora_B.default.weight": "lora_up.weight",
+    ".lora_A.weight": "lora_down.weight",
+    ".lora_B.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
+    ".lora.down.weight": "lora_down.weight",
+    ".lora.up.weight": "lora_up.weight",
+    ".down.weight": "lora_down.weight",
+    ".up.weight": "lora_up.weight",
+    ".lora_down.weight": "lora_down.weight",
+    ".lora_up.weight": "lora_up.weight",
+    ".alpha": "alpha",
+    ".diff_b": "diff_b",
+    ".diff": "diff",
+}
+
+
 @dataclass(frozen=True)
 class _Block:
     """One resolution level of a UNet: for each layer whether it has attention, and whether it ends in a resampler."""
@@ -108,6 +129,37 @@ def vae_pairs(keys: Iterable[str]) -> list[Pair]:
                 pairs += _inside(f"{side}.{way}_blocks.{i}.resnets.{j}", f"{side}.{way}.{n}.block.{j}", _VAE_RESNET)
             pairs.append((f"{side}.{way}_blocks.{i}.{way}samplers.0.conv", f"{side}.{way}.{n}.{way}sample.conv"))
     return pairs
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """One tensor of a LoRA: in which part of a pipeline, on which of its modules, and what it is to that module."""
+
+    part: str  # "unet", "text_encoder" or "text_encoder_2"
+    module: str  # diffusers' dotted name
+    role: str  # "lora_down.weight", "lora_up.weight", "alpha", "diff" or "diff_b"
+
+
+def lora_key(key: str) -> LoraKey | None:
+    """A LoRA's key in peft's names or in any that diffusers wrote before; None if it is neither.
+
+    A part's name in front may be missing: then it is the UNet, or the text encoder if the module is one of its own.
+    """
+    path = key.removeprefix("base_model.model.")
+    part = next((name for name in LORA_PARTS if path.startswith(name + ".")), "")
+    path = path.removeprefix(part + ".").removeprefix("base_model.model.")
+    part = part or ("text_encoder" if path.startswith("text_model.") else "unet")
+    ending, role = next(((e, r) for e, r in _LORA_ROLES.items() if path.endswith(e)), ("", ""))
+    module = path.removesuffix(ending)
+    if not role or not module:
+        return None
+    # Attention processors once held the LoRA's layers: attn1.processor.to_out_lora is attn1.to_out.0.
+    module = module.replace(".processor.", ".").removesuffix("_lora")
+    if part == "unet":
+        return LoraKey(part, re.sub(r"(\.attn[12]\.to_out)$", r"\1.0", module), role)
+    for old, new in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")):
+        module = re.sub(rf"self_attn\.{old}$", f"self_attn.{new}", module)
+    return LoraKey(part, "text_model." + module.removeprefix("text_model."), role)
 
 
 def rename(keys: Iterable[str], table: Mapping[str, str], what: str) -> dict[str, str]:

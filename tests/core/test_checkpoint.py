@@ -1,5 +1,7 @@
 """Key maps against diffusers' own converter and true Stable Diffusion names; files that are not what they claim."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from splam_core import (
     fold_gamma,
     ldm_to_diffusers,
     load_file,
+    lora_adapters,
     lora_to_kohya,
     read_metadata,
     save_file,
@@ -259,3 +262,96 @@ def test_saving_where_it_cannot_be_is_explained(tmp_path):
         save_file({}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="'steps' must be a string, got 4"):
         save_file({}, tmp_path / "model.safetensors", {"steps": 4})
+
+
+TEXT = "lora_te_text_model_encoder_layers_0_"
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    "key, kohya",
+    [
+        ("unet.mid_block.resnets.0.conv1.lora_A.weight", "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"),
+        ("base_model.model.conv_in.lora_B.default.weight", "lora_unet_conv_in.lora_up.weight"),
+        ("unet.base_model.model.conv_in.lora_B.weight", "lora_unet_conv_in.lora_up.weight"),
+        ("unet.a.attn1.processor.to_out_lora.down.weight", "lora_unet_a_attn1_to_out_0.lora_down.weight"),
+        ("unet.a.attn2.processor.to_k_lora.up.weight", "lora_unet_a_attn2_to_k.lora_up.weight"),
+        ("unet.a.attn1.to_out.0.lora.down.weight", "lora_unet_a_attn1_to_out_0.lora_down.weight"),
+        ("text_model.encoder.layers.0.mlp.fc1.lora_A.weight", f"{TEXT}mlp_fc1.lora_down.weight"),
+        ("text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight", f"{TEXT}mlp_fc1.lora_down.weight"),
+        (
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight",
+            f"{TEXT}self_attn_out_proj.lora_up.weight",
+        ),
+        (
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight",
+            f"{TEXT}self_attn_q_proj.lora_up.weight",
+        ),
+        ("lora_unet_conv_in.lora_mid.weight", "lora_unet_conv_in.lora_mid.weight"),
+        ("lora_te1_encoder_layers_0_mlp_fc1.alpha", "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"),
+    ],
+)
+def test_lora_names_that_files_bear(key, kohya):
+    weight = torch.ones(2, 2)
+    found = {name: value for name, value in lora_to_kohya({key: weight}).items() if value is weight}
+    assert list(found) == [kohya]
+
+
+def test_two_text_encoders_are_numbered():
+    weights = {f"{part}.text_model.encoder.layers.0.mlp.fc1.lora_B.weight": torch.ones(2, 2) for part in ENCODERS}
+    assert {key.partition("_text_model")[0] for key in lora_to_kohya(weights)} == {"lora_te1", "lora_te2"}
+
+
+def test_alpha_of_a_lora_is_what_peft_would_scale_by(tmp_path):
+    """The file's own, then the argument, then peft's configuration (pattern, adapter, rslora), then the rank."""
+    peft = pytest.importorskip("peft")
+    module, rank = "mid_block.resnets.0.conv1", 4
+    keys = {"lora_A.weight": torch.ones(rank, 8), "lora_B.weight": torch.ones(8, rank)}
+
+    def scale(config: dict | None, alpha=None) -> float:
+        weights = {f"unet.{module}.{key}": weight for key, weight in keys.items()}
+        metadata = {}
+        if config is not None:
+            text = json.dumps({f"unet.{key}": value for key, value in config.items()})
+            save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
+            metadata = read_metadata(tmp_path / "lora.safetensors")
+        kohya = lora_to_kohya(weights, alpha, lora_adapters(metadata))
+        return kohya["lora_unet_mid_block_resnets_0_conv1.alpha"].item() / rank
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mid_block = torch.nn.Module()
+            self.mid_block.resnets = torch.nn.ModuleList([torch.nn.Module()])
+            self.mid_block.resnets[0].conv1 = torch.nn.Linear(8, 8)
+
+    for config in (
+        {"lora_alpha": 6},
+        {"lora_alpha": 6, "use_rslora": True},
+        {"lora_alpha": 6, "alpha_pattern": {"conv1": 3}},
+        {"lora_alpha": 6, "alpha_pattern": {"resnets.1.conv1": 3}},
+    ):
+        wrapped = peft.get_peft_model(Model(), peft.LoraConfig(r=rank, target_modules=["conv1"], **config))
+        expected = wrapped.base_model.model.mid_block.resnets[0].conv1.scaling["default"]
+        assert scale(config) == pytest.approx(expected)
+    assert scale(None) == 1
+    assert scale({"lora_alpha": 6}, alpha=2) == 0.5
+    weights = {f"unet.{module}.{key}": w for key, w in {**keys, "alpha": torch.tensor(3.0)}.items()}
+    for order in (weights, dict(reversed(weights.items()))):
+        assert lora_to_kohya(order, 2)["lora_unet_mid_block_resnets_0_conv1.alpha"] == 3
+
+
+def test_metadata_that_is_no_json_is_no_adapter():
+    assert lora_adapters({"lora_adapter_metadata": "{"}) == {}
+
+
+def test_the_fold_reads_scaled_fp8_weights(make_unet):
+    """ComfyUI's scaled fp8 files keep weight/scale; the fold is that of the true weights."""
+    unet = make_unet(time_cond_proj_dim=256).state_dict()
+    scaled = dict(unet)
+    for layer in ("time_embedding.linear_1", "time_embedding.cond_proj"):
+        scaled[f"{layer}.weight"] = unet[f"{layer}.weight"] / 4
+        scaled[f"{layer}.scale_weight"] = torch.tensor(4.0)
+    found, expected = (fold_gamma(state)[0]["time_embedding.linear_1.bias"] for state in (scaled, unet))
+    assert torch.equal(found, expected)
+    assert not any("cond_proj" in key for key in fold_gamma(scaled)[0])

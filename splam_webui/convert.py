@@ -1,0 +1,262 @@
+"""Diffusers folders, bare UNets and LoRAs into the files that the hosts load. Knows no host: folders are arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from splam_core.checkpoint import (
+    UNET_PREFIX,
+    diffusers_to_ldm,
+    fold_gamma,
+    load_file,
+    lora_adapters,
+    lora_to_kohya,
+    read_metadata,
+    save_file,
+)
+from splam_core.text_encoders import text_encoders_to_ldm, text_family
+
+StateDict = dict[str, Tensor]
+Progress = Callable[[float, str], None]
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+EMBEDDED = {"SPLAM (gamma = 1)": "splam", "LCM (guidance 8.5)": 8.5}  # what a cond_proj in the source was fed
+FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
+WEIGHTS = ("diffusion_pytorch_model", "model")  # of a UNet or VAE, of a text encoder
+ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+
+
+@dataclass
+class Source:
+    """What was found: a UNet under LDM names, folded, and all else that goes into the file."""
+
+    unet: StateDict
+    others: StateDict = field(default_factory=dict)  # VAE and text encoders under LDM names; empty: from the base
+    configs: dict[str, dict] = field(default_factory=dict)  # part -> diffusers' configuration of it
+
+
+def convert(
+    source: Path,
+    name: str,
+    checkpoints: Path,
+    loras: Path,
+    base: Path | None = None,
+    precision: str = "fp16",
+    embedded: str | float = "splam",
+    overwrite: bool = False,
+    progress: Progress = lambda fraction, text: None,
+) -> Path:
+    """Write `name`.safetensors into the folder `checkpoints`, or `loras` if the source is a LoRA; return its path.
+
+    source: a diffusers pipeline folder, a UNet (folder or .safetensors file; then `base`, a single file of the same
+    architecture, gives VAE and text encoder), a single file, or a LoRA. precision: a key of PRECISIONS.
+    embedded: see `fold_gamma`. Raises ValueError, FileNotFoundError or FileExistsError with one message for the user.
+    """
+    dtype = PRECISIONS[precision]
+    resolve_target(name, checkpoints, overwrite=True)  # a bad name is told before minutes of reading
+    progress(0.0, f"Reading {source.name}")
+    weights = load_file(source) if source.is_file() else None
+    is_lora = any("lora_" in key or ".lora." in key for key in weights or {})
+    target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
+    if is_lora:
+        metadata = read_metadata(source)
+        single = _with_zero_diff(_kohya(weights, metadata, source))
+    else:
+        found = _read_file(source, weights, embedded) if weights is not None else _read_folder(source, embedded)
+        progress(0.5, "Putting the parts together")
+        single = {UNET_PREFIX + key: weight for key, weight in found.unet.items()}
+        single |= found.others or _from_base(base, single, source)
+        metadata = _metadata(found, target.stem, embedded)
+        if metadata["modelspec.prediction_type"] == "v" and any(".label_emb." in key for key in single):
+            single["v_pred"] = torch.zeros(0)  # by which Forge and reForge know an XL model of this kind
+    progress(0.7, f"Writing {target.name}")
+    save_file({key: _cast(weight, dtype) for key, weight in single.items()}, target, metadata)
+    progress(1.0, "Done")
+    return target
+
+
+def resolve_target(name: str, folder: Path, overwrite: bool) -> Path:
+    """folder/name.safetensors. Raises ValueError for a name that is no plain file name, FileExistsError."""
+    stem = name.strip().removesuffix(".safetensors").rstrip()
+    if not stem or not re.fullmatch(r"[^\x00-\x1f/\\:*?\"<>|]+", stem) or stem.strip(".") != stem:
+        raise ValueError(
+            f"Target name: expected a plain file name, got {name!r}. It goes into {folder}, with .safetensors added: "
+            'no slashes, no leading dot, none of : * ? " < > |.'
+        )
+    target = folder / f"{stem}.safetensors"
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Choose another name, or tick the box that allows to overwrite it.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: the folder does not exist; create it first.")
+    return target
+
+
+def _read_folder(source: Path, embedded: str | float) -> Source:
+    """Read and fold a pipeline or a UNet."""
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source}: no such file or folder. Give the path of a diffusers folder (the one with model_index.json) or "
+            "of a UNet's .safetensors file."
+        )
+    if (source / "unet").is_dir():
+        return _read_pipeline(source, embedded)
+    unet = _fold_diffusers(load_weights(source), embedded, source)
+    return Source(unet, configs={"unet": _read_json(source / "config.json")})
+
+
+def load_weights(folder: Path) -> StateDict:
+    """The weights of one part of a pipeline: one .safetensors file or several with their index."""
+    for stem in WEIGHTS:
+        for file in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
+            if file.is_file():
+                return load_file(file)
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError(f"{index}: expected a weight_map of files beside it, found {names[:3]}.")
+            return {key: weight for name in names for key, weight in load_file(folder / name).items()}
+    found = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else "no folder"
+    raise FileNotFoundError(
+        f"{folder}: expected {WEIGHTS[0]}.safetensors or {WEIGHTS[1]}.safetensors, found {found}. "
+        "Fetch the safetensors version of the model; pickles (.bin) are not opened."
+    )
+
+
+def _read_pipeline(folder: Path, embedded: str | float) -> Source:
+    encoders = [folder / name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    parts = {part.name: _read_json(part / "config.json") for part in (folder / "unet", folder / "vae", *encoders)}
+    configs = {**parts, "scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
+    texts = [load_weights(encoder) for encoder in encoders] or [load_weights(folder / "text_encoder")]
+    try:
+        others = diffusers_to_ldm({}, load_weights(folder / "vae"))
+        others |= text_encoders_to_ldm(texts, text_family(texts))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    unet = _fold_diffusers(load_weights(folder / "unet"), embedded, folder / "unet")
+    return Source(unet, others, configs)
+
+
+def _read_file(file: Path, weights: StateDict, embedded: str | float) -> Source:
+    metadata = read_metadata(file)
+    configs = {key.removeprefix("splam."): value for key, value in metadata.items() if key.startswith("splam.")}
+    configs = {key: json.loads(value) for key, value in configs.items() if value.startswith("{")}
+    if any(key.startswith(UNET_PREFIX) for key in weights):
+        folded = _fold(weights, embedded, file)
+        others = {key: weight for key, weight in folded.items() if not key.startswith(UNET_PREFIX)}
+        unet = {key.removeprefix(UNET_PREFIX): weight for key, weight in folded.items() if key not in others}
+        return Source(unet, others, configs)
+    return Source(_fold_diffusers(weights, embedded, file), configs=configs)
+
+
+def _fold_diffusers(weights: StateDict, embedded: str | float, path: Path) -> StateDict:
+    """A diffusers UNet under LDM names without prefix, its cond_proj folded."""
+    if "conv_in.weight" not in weights or "time_embedding.linear_1.weight" not in weights:
+        raise ValueError(
+            f"{path}: expected a diffusers UNet (conv_in, time_embedding, down_blocks...) or a single-file checkpoint "
+            f"(keys under {UNET_PREFIX}), found {sorted(weights)[:3]}. Choose another file."
+        )
+    folded = _fold(weights, embedded, path)
+    try:
+        return {key.removeprefix(UNET_PREFIX): weight for key, weight in diffusers_to_ldm(folded).items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _fold(weights: StateDict, embedded: str | float, path: Path) -> StateDict:
+    # In float32, so that the sum is rounded once, to the precision of the target.
+    wide = {key: weight.float() if key.endswith(FED_BY_COND_PROJ) else weight for key, weight in weights.items()}
+    try:
+        return fold_gamma(wide, embedded)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _from_base(base: Path | None, unet: StateDict, source: Path) -> StateDict:
+    """VAE and text encoders of a single file whose UNet has the shapes of `unet`."""
+    if base is None:
+        raise ValueError(
+            f"{source}: expected also a VAE and text encoder, found a UNet alone. Choose a base checkpoint, the one it "
+            "was distilled from or any other of the same family, to take them from."
+        )
+    weights = load_file(base)
+    others = {key: weight for key, weight in weights.items() if not key.startswith(UNET_PREFIX)}
+    theirs = {key: tuple(w.shape) for key, w in weights.items() if key not in others}
+    ours = {key: tuple(w.shape) for key, w in unet.items()}
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{base.name} is of another family than {source.name}: {len(differing)} UNet weights differ in shape, such "
+            f"as {key}, {theirs.get(key)} and {ours.get(key)}. Choose a base checkpoint of the same family."
+        )
+    return others
+
+
+def _metadata(source: Source, title: str, embedded: str | float) -> dict[str, str]:
+    """ModelSpec metadata, and the parts' configurations, since shapes do not tell everything."""
+    context = next((w.shape[1] for key, w in source.unet.items() if key.endswith("attn2.to_k.weight")), 768)
+    family = "sdxl" if any(key.startswith("label_emb.") for key in source.unet) else "sd2" if context == 1024 else "sd1"
+    prediction = source.configs.get("scheduler", {}).get("prediction_type", "epsilon")
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": ARCHITECTURES[family],
+        "modelspec.implementation": "sgm",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "splam.method": "splam" if embedded == "splam" else "lcm",
+    }
+    for part, config in source.configs.items():
+        kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+        if part == "unet":
+            kept["time_cond_proj_dim"] = None  # folded
+        metadata[f"splam.{part}"] = json.dumps(kept)
+    return metadata
+
+
+def _with_zero_diff(lora: StateDict) -> StateDict:
+    """Automatic1111 takes a bias delta `diff_b` only beside a weight delta `diff`, which here is zero.
+
+    The layer that the fold changes, the first of Stable Diffusion's time embedding, is four times as wide as its input.
+    """
+    modules = [key.removesuffix(".diff_b") for key in lora if key.endswith(".diff_b")]
+    full = dict(lora)
+    for module in modules:
+        if f"{module}.diff" in lora:
+            continue
+        if not module.endswith(("time_embedding_linear_1", "time_embed_0")):
+            raise ValueError(f"LoRA: {module}.diff_b has no {module}.diff beside it, without which hosts refuse it.")
+        width = len(lora[f"{module}.diff_b"])
+        full[f"{module}.diff"] = torch.zeros(width, width // 4)
+    return full
+
+
+def _kohya(lora: StateDict, metadata: dict[str, str], source: Path) -> StateDict:
+    try:
+        return lora_to_kohya(lora, adapters=lora_adapters(metadata))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if weight.is_floating_point() else weight
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file. The download is incomplete: fetch the whole folder.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found something else ({error}). Fetch the file again.") from error

@@ -1,0 +1,118 @@
+"""The sampler "SPLAM": `splam_core.sample` on the host's model, noise, masks, preview and interruption."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from modules import sd_samplers_common, sd_samplers_kdiffusion, shared
+from torch import Tensor
+
+from splam_core import NoiseSchedule, boundary_scalings, broadcast_to, few_step_timesteps, sample
+
+from . import hosts
+
+NAME = "SPLAM"
+MOST_STEPS = 8  # more are allowed, with a hint
+GRID = 50  # LCMScheduler's original_inference_steps
+HINT = (
+    "SPLAM is made for 1 to 8 steps (4 is usual): more take longer and change little. "
+    "It takes at most 50, and fewer at a low denoising strength."
+)
+
+
+class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
+    """The host's k-diffusion sampler with LCMScheduler's timesteps, and eq. 19 in place of an ODE step.
+
+    The host's variables are variance-exploding, z/alpha(t); `splam_core` computes in z. "Schedule type" is not read:
+    the timesteps are those that distillation trained on.
+    """
+
+    def __init__(self, sd_model: Any) -> None:
+        super().__init__(self.few_steps, sd_model)
+        self.timesteps: Tensor | None = None
+
+    def get_sigmas(self, p: Any, steps: int) -> Tensor:
+        """[steps + 1], falling to 0, on the CPU: the run's noise levels, the first one repeated in front as needed.
+
+        Image-to-image asks for more than it runs and takes the tail, which is then the strength-cut grid.
+        """
+        timesteps = few_step_timesteps(min(steps, GRID)) if self.timesteps is None else self.timesteps
+        sigmas = self.model_wrap.sigmas.detach().float().cpu()[timesteps]
+        padding = sigmas[:1].expand(max(0, steps - len(sigmas)))
+        return torch.cat([padding, sigmas, torch.zeros(1)])
+
+    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        """Latents from unit noise x."""
+        self.timesteps = self.pick_timesteps(p, steps or p.steps, 1.0)
+        sigma = self.get_sigmas(p, len(self.timesteps))[0].item()
+        # The host multiplies x by sigma, or by sqrt(1 + sigma^2); x_T of LCM, unit noise in z, is the latter.
+        if not shared.opts.sgm_noise_multiplier:
+            x = x * ((1 + sigma**2) ** 0.5 / sigma)
+        with self.guidance(p):
+            return super().sample(
+                p, x, conditioning, unconditional_conditioning, len(self.timesteps), image_conditioning
+            )
+
+    def sample_img2img(
+        self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None
+    ):
+        """Latents from an image's x, in the number of steps asked for, as in diffusers: strength cuts the grid."""
+        self.timesteps = self.pick_timesteps(p, steps or p.steps, p.denoising_strength)
+        if len(self.timesteps) == 0:
+            return x
+        # With a number of steps given, the host runs exactly these, whatever its setting "do exactly the amount" says.
+        with self.guidance(p):
+            return super().sample_img2img(
+                p, x, noise, conditioning, unconditional_conditioning, len(self.timesteps), image_conditioning
+            )
+
+    def few_steps(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        """What the host runs in place of a k-diffusion function. x: [B, ...], noised to sigmas[0]; returns x0."""
+        table = self.model_wrap.sigmas.detach().float().cpu()
+        schedule = NoiseSchedule(1 / (1 + table**2))
+
+        def denoise(z: Tensor, t: Tensor) -> Tensor:
+            sigma = table[t.cpu()].to(x)
+            x0 = model(z / broadcast_to(schedule.alpha(t), z).to(z), sigma, **extra_args)
+            c_skip, c_out = (broadcast_to(c.to(x), z) for c in boundary_scalings(t))
+            return c_skip * z + c_out * x0
+
+        def report(step: int, t: int, z: Tensor, x0: Tensor) -> None:
+            if callback is not None:
+                at = {"x": z / schedule.alpha(t).to(z), "i": step, "denoised": x0}
+                callback(at | {"sigma": sigmas[step], "sigma_hat": sigmas[step]})
+
+        def noise(z: Tensor) -> Tensor:
+            return self.p.rng.next().to(z)  # the host's own, so that a batch equals its pictures made one by one
+
+        timesteps = self.timesteps
+        return sample(denoise, x * schedule.alpha(timesteps[0]).to(x), timesteps, schedule, noise, report)
+
+    def pick_timesteps(self, p: Any, steps: int, strength: float) -> Tensor:
+        """LCMScheduler's timesteps [n]: `steps` of them, or as many as the grid has at this strength, which may be 0.
+
+        Raises ValueError for a model without Stable Diffusion's 1000 timesteps.
+        """
+        sigmas = self.model_wrap.sigmas
+        if len(sigmas) != 1000 or sigmas[-1] <= 1:
+            raise ValueError(
+                f"SPLAM: expected a Stable Diffusion 1.x, 2.x or XL checkpoint (1000 timesteps), found a model with "
+                f"{len(sigmas)} noise levels up to {float(sigmas[-1]):.3g}. Choose another checkpoint or sampler."
+            )
+        fit = min(steps, int(GRID * strength))
+        if steps > MOST_STEPS or fit < steps:
+            p.comment(HINT)
+        return few_step_timesteps(fit, strength) if fit > 0 else torch.empty(0, dtype=torch.long)
+
+    def guidance(self, p: Any):
+        """The context in which to sample: guidance 1, unless the request was told to keep its own; noted either way."""
+        keep = getattr(p, "splam_keeps_guidance", False)
+        p.extra_generation_params[hosts.INFOTEXT] = hosts.AS_SET if keep else hosts.FORCED
+        return nullcontext() if keep else hosts.guidance_one(p)
+
+
+def register() -> None:
+    """Offer the sampler everywhere the host lists its own: both tabs, hires fix, the API, the X/Y/Z plot."""
+    hosts.register_sampler(sd_samplers_common.SamplerData(NAME, SplamSampler, ["k_splam"], {}))

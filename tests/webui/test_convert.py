@@ -1,0 +1,361 @@
+"""The conversion tab: small random models on disk, converted, and read back by diffusers' own single-file code."""
+
+import atexit
+import copy
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
+    LatentConsistencyModelPipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from splam_core import read_metadata
+
+from .conftest import started
+
+pytestmark = pytest.mark.webui
+
+CLIP = {"num_hidden_layers": 2, "vocab_size": 60, "max_position_embeddings": 8}
+WIDTHS = {"sd1": (64,), "sd2": (1024,), "sdxl": (64, 64)}  # of the text encoders; 2.x is told by its width
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """The tab as a page would build it, and a function that presses its button. The hosts do not differ here."""
+    with started("forge", tmp_path, monkeypatch) as host:
+        yield with_button(host)
+
+
+def test_every_host_shows_the_tab(host):
+    assert callable(with_button(host).press)
+
+
+def with_button(host):
+    import gradio
+
+    gradio.clicks.clear()
+    gradio.reports.clear()
+    (_, title, element), *rest = host.script_callbacks.ui_tabs[0]()
+    assert (title, element, rest) == ("SPLAM", "splam", [])
+    (button,) = gradio.clicks
+
+    def press(source, name="made", base=None, precision="fp32", embedded=None, overwrite=False):
+        names = ("source", "base", "precision", "embedded", "name", "overwrite")
+        values = dict(zip(names, [component.value for component in button.inputs], strict=True))
+        values |= {"source": str(source), "name": name, "precision": precision, "overwrite": overwrite}
+        values |= {"base": base} if base else {}
+        values |= {"embedded": embedded} if embedded else {}
+        return button.function(*(values[key] for key in names))
+
+    host.press, host.reports, host.folder = press, gradio.reports, host.models / "Stable-diffusion"
+    host.choices = button.inputs[1]
+    return host
+
+
+def make_unet(context, cond_proj=True, xl=False):
+    torch.manual_seed(1)
+    extra = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64 + 6 * 8,
+    }
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=context,
+        attention_head_dim=8,
+        time_cond_proj_dim=256 if cond_proj else None,
+        **(extra if xl else {}),
+    ).eval()
+
+
+def make_pipeline(folder, family="sd1", prediction_type="epsilon"):
+    """A diffusers pipeline folder; returns (unet, vae, text encoders)."""
+    template, *parts = pipeline_template(family)
+    shutil.copytree(template, folder)
+    settings = {"_class_name": "LCMScheduler", "prediction_type": prediction_type, "_name_or_path": "/home/me"}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    return parts
+
+
+@functools.cache
+def pipeline_template(family):
+    folder = Path(tempfile.mkdtemp(prefix="splam-"))
+    unet = make_unet(1024 if family == "sd2" else 64, xl=family == "sdxl")
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    encoders = []
+    for number, width in enumerate(WIDTHS[family]):
+        config = CLIPTextConfig(
+            hidden_size=width, intermediate_size=64, num_attention_heads=4, projection_dim=64, **CLIP
+        )
+        encoders.append((CLIPTextModelWithProjection if number else CLIPTextModel)(config).eval())
+        encoders[-1].save_pretrained(folder / ("text_encoder_2" if number else "text_encoder"))
+    (folder / "model_index.json").write_text("{}")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder, unet, vae, encoders
+
+
+def embedding_of(guidance):
+    """What diffusers' LCM pipeline feeds to cond_proj at a guidance scale; the authors' gamma = 1 is guidance 1."""
+    function = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    return function(None, torch.tensor([guidance - 1.0]), embedding_dim=256)
+
+
+def read_unet(file, config):
+    """The UNet of a single file, by diffusers' code: no trace of a projection may be left in it."""
+    weights = safetensors.torch.load_file(file)
+    converted = single_file_utils.convert_ldm_unet_checkpoint(weights, {**config, "time_cond_proj_dim": None})
+    unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": None}).eval()
+    unet.load_state_dict(converted)
+    return unet
+
+
+def assert_folded(file, original, guidance=1.0):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 259])
+    context = torch.randn(2, 5, original.config.cross_attention_dim)
+    added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.ones(2, 6)}
+    keywords = {"added_cond_kwargs": added} if original.config.addition_embed_type else {}
+    with torch.no_grad():
+        expected = original(x, t, context, timestep_cond=embedding_of(guidance).expand(2, -1), **keywords).sample
+        found = read_unet(file, original.config)(x, t, context, **keywords).sample
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_pipeline_folder(web, tmp_path, family):
+    unet, vae, encoders = make_pipeline(tmp_path / "model", family)
+    message = web.press(tmp_path / "model")
+    file = web.folder / "made.safetensors"
+    assert message.startswith(f"Wrote {file}")
+    assert_folded(file, unet)
+    weights = safetensors.torch.load_file(file)
+    back = single_file_utils.convert_ldm_vae_checkpoint(dict(weights), vae.config)
+    assert all(torch.equal(back[key], weight) for key, weight in vae.state_dict().items())
+    for number, encoder in enumerate(encoders):
+        own = {key.removeprefix("text_model."): weight for key, weight in encoder.state_dict().items()}
+        if family == "sd2" or number == 1:
+            prefix = "conditioner.embedders.1.model." if number else "cond_stage_model.model."
+            back = single_file_utils.convert_open_clip_checkpoint(encoder, dict(weights), prefix=prefix)
+        else:
+            prefix = "conditioner.embedders.0.transformer." if family == "sdxl" else "cond_stage_model.transformer."
+            back = single_file_utils.convert_ldm_clip_checkpoint(dict(weights), remove_prefix=prefix)
+        back = {key.removeprefix("text_model."): weight for key, weight in back.items()}
+        compared = [key for key in own if not key.endswith("position_ids")]
+        assert all(torch.equal(back[key], own[key]) for key in compared), number
+
+
+def test_metadata_and_progress(web, tmp_path):
+    make_pipeline(tmp_path / "model", "sd1", "v_prediction")
+    web.press(tmp_path / "model", "my model.safetensors", precision="fp16")
+    file = web.folder / "my model.safetensors"
+    metadata = read_metadata(file)
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.title"] == "my model"
+    assert json.loads(metadata["splam.unet"])["time_cond_proj_dim"] is None
+    assert "/home/me" not in str(metadata)
+    dtypes = {weight.dtype for weight in safetensors.torch.load_file(file).values()}
+    assert dtypes == {torch.float16}
+    fractions = [fraction for fraction, _ in web.reports]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert all(text for _, text in web.reports)
+
+
+def test_the_result_is_in_the_hosts_list_and_a_base_to_choose(web, tmp_path):
+    make_pipeline(tmp_path / "model")
+    web.press(tmp_path / "model")
+    assert "made.safetensors" in web.sd_models.checkpoints_list
+    assert "made.safetensors" in web.choices.refreshed_args()["choices"]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_unet_alone_takes_the_rest_from_a_base(web, tmp_path, as_file):
+    make_pipeline(tmp_path / "base")
+    web.press(tmp_path / "base", "base")
+    other = make_unet(64)
+    torch.nn.init.normal_(other.time_embedding.cond_proj.weight)
+    other.save_pretrained(tmp_path / "unet")
+    source = tmp_path / "unet" / "diffusion_pytorch_model.safetensors" if as_file else tmp_path / "unet"
+    assert "Choose a base checkpoint" in web.press(source)
+    assert web.press(source, base="base.safetensors").startswith("Wrote")
+    assert_folded(web.folder / "made.safetensors", other)
+    made, base = (safetensors.torch.load_file(web.folder / f"{name}.safetensors") for name in ("made", "base"))
+    assert all(torch.equal(made[key], base[key]) for key in base if not key.startswith(PREFIX))
+    assert made.keys() == base.keys()
+
+
+def test_a_base_of_another_family_is_refused(web, tmp_path):
+    make_pipeline(tmp_path / "base", "sd2")
+    web.press(tmp_path / "base", "base")
+    make_unet(64).save_pretrained(tmp_path / "unet")
+    message = web.press(tmp_path / "unet", base="base.safetensors")
+    assert "of another family" in message
+    assert "base.safetensors" in message
+    assert not (web.folder / "made.safetensors").exists()
+
+
+def test_an_lcm_is_folded_at_its_guidance(web, tmp_path):
+    unet, _, _ = make_pipeline(tmp_path / "model")
+    web.press(tmp_path / "model", embedded="LCM (guidance 8.5)")
+    assert_folded(web.folder / "made.safetensors", unet, guidance=8.5)
+
+
+def test_half_precision_is_rounded_once(web, tmp_path):
+    """The fold of an fp16 source is added in float32."""
+    unet, _, _ = make_pipeline(tmp_path / "model")
+    half = copy.deepcopy(unet).half()
+    half.save_pretrained(tmp_path / "model" / "unet")
+    web.press(tmp_path / "model", precision="fp32")
+    assert_folded(web.folder / "made.safetensors", half.float())
+
+
+def test_a_single_file_is_folded_and_cast(web, tmp_path):
+    unet, _, _ = make_pipeline(tmp_path / "model")
+    web.press(tmp_path / "model", "plain")
+    weights = safetensors.torch.load_file(web.folder / "plain.safetensors")
+    assert not any("cond_proj" in key for key in weights)
+    weights[f"{PREFIX}time_embed.cond_proj.weight"] = torch.zeros(32, 256)
+    safetensors.torch.save_file(weights, tmp_path / "file.safetensors")
+    web.press(tmp_path / "file.safetensors")
+    assert_folded(web.folder / "made.safetensors", unet)
+
+
+def test_weights_in_several_files(web, tmp_path):
+    unet, _, _ = make_pipeline(tmp_path / "model")
+    for file in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        file.unlink()
+    unet.save_pretrained(tmp_path / "model" / "unet", max_shard_size="200KB")
+    assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
+    web.press(tmp_path / "model")
+    assert_folded(web.folder / "made.safetensors", unet)
+
+
+def test_lora_gets_the_names_and_the_zero_diff_that_hosts_need(web, tmp_path):
+    """Automatic1111 refuses a bias delta without a weight delta beside it."""
+    unet = make_unet(64)
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    down, up, bias = torch.randn(4, 32), torch.randn(32, 4), torch.randn(128)
+    lora = {
+        f"unet.{module}.lora_A.weight": down,
+        f"unet.{module}.lora_B.weight": up,
+        "unet.time_embedding.linear_1.diff_b": bias,
+    }
+    safetensors.torch.save_file(lora, tmp_path / "lora.safetensors")
+    message = web.press(tmp_path / "lora.safetensors")
+    file = web.models / "Lora" / "made.safetensors"
+    assert message.startswith(f"Wrote {file}")
+    made = safetensors.torch.load_file(file)
+    name = "lora_unet_" + module.replace(".", "_")
+    assert torch.equal(made[f"{name}.lora_down.weight"], down)
+    assert torch.equal(made[f"{name}.lora_up.weight"], up)
+    assert made[f"{name}.alpha"] == 4
+    time = "lora_unet_time_embedding_linear_1"
+    assert torch.equal(made[f"{time}.diff_b"], bias)
+    assert torch.equal(made[f"{time}.diff"], torch.zeros_like(unet.time_embedding.linear_1.weight))
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "../out", "a/b", "a\\b", "/etc/x", "..", ".hidden", "C:x", "a\nb", "a\0b", "nul?", "x."]
+)
+def test_target_names_stay_inside_the_folder(web, tmp_path, name):
+    make_pipeline(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    assert "expected a plain file name" in web.press(tmp_path / "model", name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_overwritten_without_asking(web, tmp_path):
+    make_pipeline(tmp_path / "model")
+    file = web.folder / "made.safetensors"
+    file.write_bytes(b"mine")
+    message = web.press(tmp_path / "model")
+    assert f"{file} exists" in message
+    assert file.read_bytes() == b"mine"
+    assert web.press(tmp_path / "model", overwrite=True).startswith("Wrote")
+
+
+def spoil_truncate(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return file
+
+
+def spoil_pickle(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    return file.parent
+
+
+def spoil_json(folder):
+    file = folder / "unet" / "config.json"
+    file.write_text("<html>")
+    return file
+
+
+def spoil_part(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder / "vae"
+
+
+def spoil_keys(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(weights | {"transformer.h.0": torch.zeros(1)}, file)
+    return folder / "unet"
+
+
+def spoil_index(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    file.unlink()
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
+    return index
+
+
+@pytest.mark.parametrize("spoil", [spoil_truncate, spoil_pickle, spoil_json, spoil_part, spoil_keys, spoil_index])
+def test_a_bad_folder_gets_one_message_that_names_the_file(web, tmp_path, spoil):
+    make_pipeline(tmp_path / "model")
+    culprit = spoil(tmp_path / "model")
+    message = web.press(tmp_path / "model")
+    assert message.startswith("Not converted. ")
+    assert str(culprit) in message
+    assert not list(web.folder.iterdir())
+
+
+@pytest.mark.parametrize("source", ["", "/nowhere/at/all", "weights.ckpt", "other.safetensors"])
+def test_a_bad_source_gets_one_message(web, tmp_path, source):
+    (tmp_path / "weights.ckpt").write_bytes(b"\x80\x02")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    message = web.press(tmp_path / source if source.count("/") < 2 and source else source)
+    assert message.startswith("Not converted. ")
+    assert source in message
+
+
+def test_a_page_that_others_reach_reads_only_the_models_folder(web, tmp_path):
+    web.shared.cmd_opts.disable_extension_access = True
+    make_pipeline(tmp_path / "model")
+    assert "is outside" in web.press(tmp_path / "model")
+    (web.models / "sneaky").symlink_to(tmp_path / "model")
+    assert "is outside" in web.press(web.models / "sneaky")
+    make_pipeline(web.models / "diffusers" / "model")
+    assert web.press(web.models / "diffusers" / "model").startswith("Wrote")
