@@ -161,7 +161,8 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def to_api(workflow: dict, object_info: dict) -> dict:
     """The API form of a UI-format workflow, as the front end's `app.graphToPrompt()` makes it.
 
-    Knows what this repository's workflows use: links, widgets, notes, muted and bypassed nodes are left out or refused.
+    Knows what this repository's workflows use: links and widgets. Notes and muted ends are left out, as the page does;
+    other muted and bypassed nodes are refused.
     Raises ValueError for a node that the server does not have.
     """
     links = {link[0]: link for link in workflow["links"]}
@@ -170,6 +171,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         kind = node["type"]
         if kind in ("Note", "MarkdownNote"):
             continue
+        if node.get("mode") == 2 and not any(output.get("links") for output in node.get("outputs", [])):
+            continue  # muted, and nobody waits for it
         if kind not in object_info:
             raise ValueError(f"node {node['id']}: the server has no {kind!r}.")
         if node.get("mode", 0) != 0:
@@ -181,7 +184,8 @@ def to_api(workflow: dict, object_info: dict) -> dict:
                 options = spec[1] if len(spec) > 1 else {}
                 if not _is_widget(spec[0], options):
                     continue
-                inputs[name] = next(values)
+                # A graph saved before a widget was added lacks its value; the page then takes the default.
+                inputs[name] = next(values, options.get("default"))
                 if options.get("control_after_generate"):
                     next(values)  # "fixed", "randomize", ...: the page's business
                 if options.get("image_upload"):
@@ -190,7 +194,7 @@ def to_api(workflow: dict, object_info: dict) -> dict:
             if socket_.get("link") is not None:
                 _, source, slot, *_ = links[socket_["link"]]
                 inputs[socket_["name"]] = [str(source), slot]
-        title = node.get("title") or object_info[kind]["display_name"]
+        title = node.get("title") or object_info[kind]["display_name"] or kind
         graph[str(node["id"])] = {"inputs": inputs, "class_type": kind, "_meta": {"title": title}}
     return graph
 

@@ -3,12 +3,23 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .custom_sampling import SPLAMSamplerSelect, SPLAMScheduler
+from .fetch import SPLAMFetch
 from .few_step import register
 from .loader import SPLAMLoader
+from .lora import SPLAMLoraLoader
+from .model_patch import SPLAMModelPatch
 from .sampler import SPLAMSampler
 
 
 class SPLAMExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register()
-        return [SPLAMLoader, SPLAMSampler, SPLAMSamplerSelect, SPLAMScheduler]
+        return [
+            SPLAMFetch,
+            SPLAMLoader,
+            SPLAMLoraLoader,
+            SPLAMModelPatch,
+            SPLAMSampler,
+            SPLAMSamplerSelect,
+            SPLAMScheduler,
+        ]

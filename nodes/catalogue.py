@@ -1,5 +1,6 @@
 """Which models SPLAM Loader offers, and where each lies. A name from a graph means only what is listed here."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +8,23 @@ from pathlib import Path
 import folder_paths
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
+PUBLISHER = "alimama-creative"
+RELEASES = ("slam-sd1.5", "slam-dreamshaper7")  # folder names of the authors' published pipelines
+DIFFUSION_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 
 @dataclass(frozen=True)
 class Location:
-    """One model on disk: a diffusers pipeline folder, or a single file with UNet, VAE and text encoder."""
+    """One model on disk: a diffusers pipeline folder, a diffusers UNet folder, or a file."""
 
     path: Path
     unet: Path | None = None  # a UNet folder that takes the place of the pipeline's own
+    is_few_step: bool = False  # known by where it lies
 
     @property
-    def is_folder(self) -> bool:
-        return self.path.is_dir()
+    def is_pipeline(self) -> bool:
+        return (self.path / "model_index.json").is_file()
 
     @property
     def unet_folder(self) -> Path:
@@ -26,31 +32,104 @@ class Location:
 
 
 def find_models() -> dict[str, Location]:
-    """Name -> location: the embedded pipeline, then the host's `diffusers` folders, then its checkpoints."""
+    """Name -> location: the embedded pipeline, the published releases, then the host's `diffusers`,
+    `diffusion_models` and `checkpoints` folders."""
     found = {}
     if (EMBEDDED / "student" / "config.json").is_file():
-        found["embedded-student"] = Location(EMBEDDED, EMBEDDED / "student")
+        found["embedded-student"] = Location(EMBEDDED, EMBEDDED / "student", True)
     if (EMBEDDED / "unet" / "config.json").is_file():
         found["embedded-teacher"] = Location(EMBEDDED)
+    releases, folders = {}, {}
     for base in map(Path, folder_paths.get_folder_paths("diffusers")):
-        for root, _, files in sorted(os.walk(base, followlinks=True)):
-            folder = Path(root)
-            if "model_index.json" in files and (folder / "unet" / "config.json").is_file():
-                found.setdefault(f"diffusers/{folder.relative_to(base).as_posix()}", Location(folder))
-    for name in folder_paths.get_filename_list("checkpoints"):
-        if name.endswith(".safetensors"):
-            found.setdefault(Path(name).as_posix(), Location(Path(folder_paths.get_full_path("checkpoints", name))))
+        for path in _diffusers_models(base):
+            name = path.relative_to(base).as_posix()
+            release = _release(name)
+            if release and release not in releases:
+                releases[release] = Location(path, is_few_step=True)
+            else:
+                folders.setdefault(f"diffusers/{name}", Location(path))
+    found |= releases | folders
+    for kind, prefix in (("diffusion_models", "diffusion_models/"), ("checkpoints", "")):
+        for name in folder_paths.get_filename_list(kind):
+            path = folder_paths.get_full_path(kind, name)
+            if path and name.endswith(".safetensors"):
+                name = Path(name).as_posix()
+                found.setdefault(prefix + name, Location(Path(path), is_few_step=bool(_release(name))))
     return found
 
 
 def locate(name: str) -> Location:
-    """Raises ValueError, naming the folders to look in, when there is no such model."""
+    """Raises ValueError, naming the folders to look in, when there is no such model.
+
+    A published release may also be called by its place, diffusers/slam-sd1.5.
+    """
     found = find_models()
-    if name not in found:
+    if name in found:
+        return found[name]
+    release = _release(name.removeprefix("diffusers/")) if name.startswith("diffusers/") and ".." not in name else ""
+    if release in found:
+        return found[release]
+    if name.endswith(PICKLES):
         raise ValueError(
-            f"SPLAM Loader: there is no model {name!r}. Found: {', '.join(found) or 'none'}. "
-            "Put diffusers pipeline folders into "
-            f"{' or '.join(folder_paths.get_folder_paths('diffusers'))}, single *.safetensors files into "
-            f"{' or '.join(folder_paths.get_folder_paths('checkpoints'))}, and refresh the page."
+            f"SPLAM Loader: {name!r} is a pickle, which can run code when opened; expected a .safetensors file. "
+            "Convert it to safetensors, or use the model's .safetensors download."
         )
-    return found[name]
+    folders = {
+        kind: " or ".join(folder_paths.get_folder_paths(kind))
+        for kind in ("diffusers", "diffusion_models", "checkpoints")
+    }
+    listed = list(found)
+    shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
+    raise ValueError(
+        f"SPLAM Loader: there is no model {name!r}. Found: {shown or 'none'}. Put diffusers folders into "
+        f"{folders['diffusers']}, UNet files into {folders['diffusion_models']}, whole *.safetensors checkpoints into "
+        f"{folders['checkpoints']}, and refresh the page; SPLAM Fetch downloads the published ones."
+    )
+
+
+def read_json(file: Path) -> dict:
+    """Raises ValueError for a file that is missing or no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+        return content
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing. Copy the whole diffusers folder, with its small .json files.") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, found something else ({error}). Fetch the file again.") from error
+
+
+def _diffusers_models(base: Path) -> list[Path]:
+    """Pipeline folders, UNet folders, and UNet files on their own, below a `diffusers` folder."""
+    models = []
+    for root, folders, files in os.walk(base, followlinks=True):
+        folders.sort()
+        folder = Path(root)
+        if "model_index.json" in files:
+            folders.clear()  # its parts are no models of their own
+            if (folder / "unet" / "config.json").is_file():
+                models.append(folder)
+        elif "config.json" in files:
+            if _is_unet_folder(folder):
+                models.append(folder)
+        else:
+            models += [folder / name for name in sorted(files) if name.endswith(".safetensors")]
+    return models
+
+
+def _is_unet_folder(folder: Path) -> bool:
+    try:
+        kind = read_json(folder / "config.json").get("_class_name", "UNet2DConditionModel")
+    except ValueError:
+        return False
+    return kind == "UNet2DConditionModel" and any(folder.glob("diffusion_pytorch_model*"))
+
+
+def _release(name: str) -> str:
+    """The published release that a relative path names, as a folder of its own or in the hub's cache layout; or ""."""
+    for part in Path(name).parts:
+        for release in RELEASES:
+            if part in (release, f"models--{PUBLISHER}--{release}"):
+                return f"{PUBLISHER}/{release}"
+    return ""

@@ -1,199 +1,219 @@
-"""A Stable Diffusion checkpoint of any width as ComfyUI's MODEL, CLIP and VAE, with nothing of it dropped.
+"""A Stable Diffusion checkpoint as ComfyUI's MODEL, CLIP and VAE, with nothing of it dropped.
 
-A diffusers pipeline folder and a single file become the same thing here: weights under LDM names, and the parts'
-diffusers configurations. The gamma projection, for which the host has no place, is folded into the time embedding.
-Then the host loads what it knows; a UNet, autoencoder or text encoder of another width, which it refuses, is built from
-the host's own classes.
+Pipeline folders, UNets on their own and single files become the same thing here: weights under LDM names, and what is
+known of the parts. The gamma projection, for which the host has no place, is folded into the time embedding. Then the
+host loads what it knows; a UNet, autoencoder or text encoder of another width is built from the host's own classes
+(parts.py).
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
-import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models
+import comfy.utils
 import folder_paths
 import torch
 
-from ..splam_core.checkpoint import (
-    CLIP_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    diffusers_to_ldm,
-    fold_gamma,
-    load_file,
-    read_metadata,
-)
+from ..splam_core.checkpoint import UNET_PREFIX, VAE_PREFIX, diffusers_to_ldm, fold_gamma, load_file, read_metadata
 from ..splam_core.schedule import NoiseSchedule
-from .catalogue import Location
+from .catalogue import DIFFUSION_WEIGHTS, Location, read_json
+from .gamma import ATTACHMENT, GammaWeights
 from .parametrisation import patch, prediction_type_of, schedule_of
-from .widths import autoencoder_options, text_encoder_options, unet_options
+from .parts import build_clip, build_unet, build_vae, check_keys, host_knows
 
-# A single file may bring its parts' diffusers configurations, as JSON texts in its metadata under "splam.<part>".
-PARTS = ("unet", "vae", "text_encoder", "scheduler")
-DIFFUSION_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+# A file may bring its parts' diffusers configurations, as JSON texts in its metadata under "splam.<part>".
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 TEXT_WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
-HOST_CHANNELS = 320  # the first width of SD1.x, SD2.x and SDXL, which the host recognises by itself
+CLIP_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
+OPEN_CLIP = "cond_stage_model.model."  # where SD2.x keeps its text encoder, which pads with token 0
+FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
 
 
 @dataclass
 class Checkpoint:
-    """Weights under LDM names without their prefixes, and what is known of the parts."""
+    """Weights under LDM names without their prefixes, and what is known of the parts. None: there is no such part."""
 
+    path: Path  # of the UNet's file, for messages
     unet: dict
-    vae: dict
-    text_encoders: list[dict]
+    vae: dict | None = None
+    text_encoders: list[dict] | None = None
+    whole_file: dict | None = None  # a single file as the host reads it
     configs: dict = field(default_factory=dict)  # part -> diffusers' configuration of it
-    is_consistency_model: bool = False
+    metadata: dict = field(default_factory=dict)
+    gamma: GammaWeights | None = None
+    is_few_step: bool = False
 
 
-def load(location: Location):
-    """(MODEL, CLIP, VAE). Raises ValueError naming the file, what was expected, what was found and what to do."""
-    return load_folder(location) if location.is_folder else load_single_file(location.path)
+@dataclass
+class Loaded:
+    """What the loader gives out, and sentences that the user should read."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    warnings: list[str]
 
 
-def load_folder(location: Location):
-    """(MODEL, CLIP, VAE) of a diffusers pipeline folder."""
-    unet_file, vae_file, *text_files = weight_files(location)
-    configs = {
-        "unet": read_json(unet_file.parent / "config.json"),
-        "vae": read_json(vae_file.parent / "config.json"),
-        "text_encoder": read_json(text_files[0].parent / "config.json"),
-        "scheduler": read_json(location.path / "scheduler" / "scheduler_config.json"),
-    }
-    unet, had_gamma = fold(load_file(unet_file))
+def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
+    """Raises ValueError or FileNotFoundError naming the file, what was expected, what was found and what to do."""
+    read = read_pipeline if location.is_pipeline else read_unet_or_file
+    checkpoint = read(location, embedded_guidance)
     try:
-        single = diffusers_to_ldm(unet, load_file(vae_file))
+        model, clip, vae = build(checkpoint)
+        model = with_schedule(model, checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    if checkpoint.gamma is not None:
+        model.set_attachments(ATTACHMENT, checkpoint.gamma)
+    return Loaded(model, clip, vae, _warnings(checkpoint, clip, vae))
+
+
+def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
+    """A diffusers pipeline folder."""
+    unet_files, vae_files, *text_files = _weight_groups(location)
+    configs = {
+        "unet": read_json(unet_files[0].parent / "config.json"),
+        "vae": read_json(vae_files[0].parent / "config.json"),
+        "scheduler": read_json(location.path / "scheduler" / "scheduler_config.json"),
+        **{files[0].parent.name: read_json(files[0].parent / "config.json") for files in text_files},
+    }
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        file = location.path / tokenizer / "tokenizer_config.json"
+        configs[tokenizer] = read_json(file) if file.is_file() else {}
+    metadata = read_metadata(unet_files[0])
+    unet, gamma = fold(_load_all(unet_files), metadata, embedded_guidance)
+    try:
+        single = diffusers_to_ldm(unet, _load_all(vae_files))
     except ValueError as error:
         raise ValueError(f"{location.path}: {error}") from error
-    checkpoint = Checkpoint(
+    return Checkpoint(
+        path=unet_files[0].parent,
         unet=_under(single, UNET_PREFIX),
         vae=_under(single, VAE_PREFIX),
-        text_encoders=[load_file(file) for file in text_files],
+        text_encoders=[_load_all(files) for files in text_files],
         configs=configs,
-        is_consistency_model=had_gamma or location.unet is not None or _names_consistency(configs),
+        metadata=metadata,
+        gamma=gamma[1],
+        is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
-    return build(checkpoint, location.path)
 
 
-def load_single_file(path: Path):
-    """(MODEL, CLIP, VAE) of a file with all three under LDM names."""
-    state_dict, had_gamma = fold(load_file(path))
-    first = state_dict.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
-    if first is None:
-        raise ValueError(
-            f"{path}: expected a Stable Diffusion checkpoint with a UNet under {UNET_PREFIX}*, found keys like "
-            f"{', '.join(sorted(state_dict)[:3]) or 'none'}. Choose a file with UNet, VAE and text encoder."
-        )
-    metadata = read_metadata(path)
+def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoint:
+    """A UNet folder, a UNet file under either naming, or a single file with UNet, VAE and text encoder."""
+    (files,) = _weight_groups(location)
+    path, metadata = files[0], read_metadata(files[0])
+    weights, gamma = fold(_load_all(files), metadata, embedded_guidance)
     configs = {part: json.loads(metadata[f"splam.{part}"]) for part in PARTS if f"splam.{part}" in metadata}
-    is_consistency_model = had_gamma or _names_consistency(configs)
-    if first.shape[0] == HOST_CHANNELS:
-        directories = folder_paths.get_folder_paths("embeddings")
-        loaded = comfy.sd.load_state_dict_guess_config(state_dict, embedding_directory=directories, metadata=metadata)
-        if loaded is None:
-            raise ValueError(f"{path}: ComfyUI does not recognise this model. Expected SD1.x, SD2.x or SDXL.")
-        model, clip, vae, *_ = loaded
-        return with_schedule(model, configs, is_consistency_model), clip, vae
+    beside = path.parent / "config.json"
+    if "unet" not in configs and beside.is_file() and path.name.startswith("diffusion_pytorch_model"):
+        configs["unet"] = read_json(beside)
     checkpoint = Checkpoint(
-        unet=_under(state_dict, UNET_PREFIX),
-        vae=_under(state_dict, VAE_PREFIX),
-        text_encoders=[_under(state_dict, CLIP_PREFIX)],
+        path=path,
+        unet={},
         configs=configs,
-        is_consistency_model=is_consistency_model,
+        metadata=metadata,
+        gamma=gamma[1],
+        is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
-    return build(checkpoint, path)
+    if f"{UNET_PREFIX}input_blocks.0.0.weight" in weights:
+        checkpoint.unet = _under(weights, UNET_PREFIX)
+        checkpoint.vae = _under(weights, VAE_PREFIX) or None
+        checkpoint.text_encoders = _text_encoders(weights)
+        if any(key.startswith(OPEN_CLIP) for key in weights):
+            configs.setdefault("tokenizer", {"pad_token": "!"})
+        checkpoint.whole_file = weights
+    elif "input_blocks.0.0.weight" in weights and "out.2.weight" in weights:
+        checkpoint.unet = weights
+    elif "conv_in.weight" in weights and "conv_out.weight" in weights and "time_embedding.linear_1.weight" in weights:
+        try:
+            checkpoint.unet = _under(diffusers_to_ldm(weights), UNET_PREFIX)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    else:
+        raise ValueError(
+            f"{path}: expected a Stable Diffusion UNet (keys under {UNET_PREFIX}*, input_blocks.*, or diffusers' "
+            f"down_blocks.*), found {_what_it_is(weights)}."
+        )
+    return checkpoint
 
 
-def fold(weights: dict) -> tuple[dict, bool]:
-    """`fold_gamma`, its sum kept in float32 even where the file has half precision: the host casts it if it must."""
-    fed = ("time_embedding.linear_1.bias", "time_embed.0.bias")
-    return fold_gamma({key: weight.float() if key.endswith(fed) else weight for key, weight in weights.items()})
+def fold(weights: dict, metadata: dict, embedded_guidance: float) -> tuple[dict, tuple[bool, GammaWeights | None]]:
+    """`fold_gamma`, its sum kept in float32 even where the file has less: the host casts it if it must.
+
+    Also whether there was a projection, and its weights where they embed gamma.
+    """
+    cond_proj = next((key for key in weights if key.endswith(".cond_proj.weight")), None)
+    if cond_proj is None:
+        if embedded_guidance != 1:
+            logging.debug("SPLAM Loader: no time_embedding.cond_proj; embedded_guidance has nothing to set.")
+        return weights, (False, None)
+    weights = {key: weight.float() if key.endswith(FED_BY_COND_PROJ) else weight for key, weight in weights.items()}
+    # This repository's trainer embeds gamma so that it is zero at gamma = 1, and names its method in the metadata.
+    ours = "splam.method" in metadata
+    bandwidth = float(metadata.get("splam.gamma_bandwidth", 1000)) if ours else None
+    folded, _ = fold_gamma(weights, "zero" if ours else float(embedded_guidance))
+    is_gamma = ours or embedded_guidance == 1
+    scale = weights.get(cond_proj.removesuffix("weight") + "scale_weight", torch.ones(()))
+    kept = GammaWeights(weights[cond_proj].float() * scale.float(), bandwidth) if is_gamma else None
+    return folded, (True, kept)
 
 
-def build(checkpoint: Checkpoint, path: Path):
-    """(MODEL, CLIP, VAE)."""
-    try:
-        model = with_schedule(build_unet(checkpoint), checkpoint.configs, checkpoint.is_consistency_model)
-        return model, build_clip(checkpoint), build_vae(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def build(checkpoint: Checkpoint):
+    """(MODEL, CLIP or None, VAE or None)."""
+    whole = checkpoint.whole_file
+    bias = checkpoint.unet.get("time_embed.0.bias")
+    if whole is not None and host_knows(checkpoint.unet):
+        has_clip = any(key.startswith(CLIP_PREFIXES) for key in whole)
+        directories = folder_paths.get_folder_paths("embeddings")
+        # The host takes the weights out of the dictionary as it places them.
+        model, clip, vae, *_ = comfy.sd.load_state_dict_guess_config(
+            dict(whole),
+            output_vae=checkpoint.vae is not None,
+            output_clip=has_clip,
+            embedding_directory=directories,
+            metadata=checkpoint.metadata,
+        )
+        check_keys(model.model.diffusion_model, checkpoint.unet, "UNet", missing_only=True)
+    else:
+        model = build_unet(checkpoint.unet, checkpoint.configs)
+        clip = build_clip(checkpoint.text_encoders, checkpoint.configs) if checkpoint.text_encoders else None
+        vae = build_vae(checkpoint.vae, checkpoint.configs) if checkpoint.vae else None
+    first = model.model.diffusion_model.time_embed[0]
+    if bias is not None and first.bias is not None and first.bias.dtype.itemsize == 1:
+        # An 8-bit float would lose the fold; the host casts biases to what it computes in anyway.
+        first.bias = torch.nn.Parameter(bias.to(first.bias.device, torch.float32), requires_grad=False)
+    return model, clip, vae
 
 
-def with_schedule(model, configs: dict, is_consistency_model: bool):
+def with_schedule(model, checkpoint: Checkpoint):
     """The MODEL on the schedule that the checkpoint names, or else on SD's with what the host takes it to predict."""
     sampling = model.get_model_object("model_sampling")
-    scheduler = configs.get("scheduler")
+    scheduler = checkpoint.configs.get("scheduler")
     schedule = NoiseSchedule.from_config(scheduler) if scheduler else schedule_of(sampling)
-    prediction_type = scheduler.get("prediction_type", "epsilon") if scheduler else prediction_type_of(sampling)
-    return patch(model, schedule, prediction_type, is_consistency_model)
-
-
-def build_unet(checkpoint: Checkpoint):
-    """The UNet as a MODEL, on the host's default schedule."""
-    weights = checkpoint.unet
-    if weights["input_blocks.0.0.weight"].shape[0] == HOST_CHANNELS:
-        model = comfy.sd.load_diffusion_model_state_dict(weights)
-        if model is None:
-            raise ValueError("ComfyUI does not recognise this UNet. Expected that of SD1.x, SD2.x or SDXL.")
-        return model
-
-    class NarrowSD15(comfy.supported_models.SD15):
-        unet_config: ClassVar = {}
-        unet_extra_config: ClassVar = {}
-
-    management = comfy.model_management
-    config = NarrowSD15(unet_options(weights, checkpoint.configs.get("unet")))
-    scale = checkpoint.configs.get("vae", {}).get("scaling_factor")
-    config.latent_format.scale_factor = scale or config.latent_format.scale_factor
-    device, supported = management.get_torch_device(), config.supported_inference_dtypes
-    parameters = sum(weight.numel() for weight in weights.values())
-    stored = weights["input_blocks.0.0.weight"].dtype
-    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
-    model = config.get_model({}, device=management.unet_inital_load_device(parameters, dtype))
-    _check_keys(model.diffusion_model, weights, "UNet")
-    model.load_model_weights(dict(weights))
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
-
-
-def build_clip(checkpoint: Checkpoint):
-    """The text encoders as a CLIP, which brings the host's own tokenizer."""
-    # transformers 5 writes the names without the prefix that the host expects.
-    encoders = [
-        {key if key.startswith("text_") else f"text_model.{key}": weight for key, weight in encoder.items()}
-        for encoder in checkpoint.text_encoders
-    ]
-    options = {}
-    if len(encoders) == 1:
-        config = text_encoder_options(encoders[0], checkpoint.configs.get("text_encoder"))
-        options["clip_l_class"] = _clip_class(config)
-        # A CLIPTextModel has none, and nothing here reads it; the host would warn of its absence.
-        encoders[0].setdefault("text_projection.weight", torch.eye(config["hidden_size"]))
-    directories = folder_paths.get_folder_paths("embeddings")
-    return comfy.sd.load_text_encoder_state_dicts(encoders, embedding_directory=directories, model_options=options)
-
-
-def build_vae(checkpoint: Checkpoint):
-    """The autoencoder as a VAE."""
-    vae = comfy.sd.VAE(sd=checkpoint.vae, config={"params": autoencoder_options(checkpoint.vae)})
-    _check_keys(vae.first_stage_model, checkpoint.vae, "VAE")
-    # The host's class has 32 groups whatever the width; no shape tells their number.
-    groups = checkpoint.configs.get("vae", {}).get("norm_num_groups", 32)
-    for module in vae.first_stage_model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.num_groups = groups
-    return vae
+    if scheduler:
+        prediction_type = scheduler.get("prediction_type", "epsilon")
+    else:
+        # The host guesses it from a weight's size; the file may say it.
+        named = checkpoint.metadata.get("modelspec.prediction_type", "").lower()
+        said = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}.get(named)
+        prediction_type = said or prediction_type_of(sampling)
+    return patch(model, schedule, prediction_type, checkpoint.is_few_step)
 
 
 def weight_files(location: Location) -> list[Path]:
-    """The weight files of a model: UNet, VAE, text encoders. Raises ValueError where one is missing."""
-    if not location.is_folder:
-        return [location.path]
+    """All weight files of a model. Raises ValueError where one is missing."""
+    return [file for group in _weight_groups(location) for file in group]
+
+
+def _weight_groups(location: Location) -> list[list[Path]]:
+    """The files of each part: UNet, VAE, text encoders; or of the UNet alone; or the one file."""
+    if location.path.suffix == ".safetensors" and not location.path.is_dir():
+        return [[location.path]]
+    if not location.is_pipeline:
+        return [_weights_in(location.path, DIFFUSION_WEIGHTS)]
     encoders = sorted(folder for folder in location.path.glob("text_encoder*") if folder.is_dir())
     return [
         _weights_in(location.unet_folder, DIFFUSION_WEIGHTS),
@@ -202,37 +222,19 @@ def weight_files(location: Location) -> list[Path]:
     ]
 
 
-def read_json(file: Path) -> dict:
-    """Raises ValueError for a file that is missing or no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: missing. Copy the whole diffusers folder, with its small .json files.") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, found something else ({error}). Fetch the file again.") from error
-
-
-def _clip_class(config: dict):
-    """The host's SD1 text encoder with another configuration, for which its initialiser has no argument."""
-
-    class NarrowCLIP(comfy.sd1_clip.SD1CheckpointClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
-            comfy.sd1_clip.SDClipModel.__init__(
-                self,
-                device=device,
-                dtype=dtype,
-                return_projected_pooled=False,
-                textmodel_json_config=dict(config),
-                model_options=model_options or {},
-            )
-
-    return NarrowCLIP
-
-
-def _weights_in(folder: Path, names: tuple[str, ...]) -> Path:
+def _weights_in(folder: Path, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():  # the weights are in several files, beside the list of them
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
+            if missing or not shards:
+                raise ValueError(
+                    f"{index}: names {', '.join(missing) or 'no file'}, not found in its folder. Fetch it."
+                )
+            return [folder / shard for shard in shards]
     found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     raise ValueError(
         f"{folder}: expected {names[0]}, found {', '.join(found) or 'nothing'}. "
@@ -240,23 +242,66 @@ def _weights_in(folder: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _names_consistency(configs: dict) -> bool:
-    return configs.get("scheduler", {}).get("_class_name") == "LCMScheduler"
+def _load_all(files: list[Path]) -> dict:
+    return {key: weight for file in files for key, weight in load_file(file).items()}
+
+
+def _names_few_step(configs: dict, metadata: dict) -> bool:
+    return configs.get("scheduler", {}).get("_class_name") == "LCMScheduler" or "splam.method" in metadata
+
+
+def _warnings(checkpoint: Checkpoint, clip, vae) -> list[str]:
+    """What the user should know of a model that has loaded."""
+    warnings, name = [], checkpoint.path.name
+    if not checkpoint.is_few_step:
+        warnings.append(
+            f"SPLAM Loader: nothing marks {name} as a SPLAM or LCM model (no LCMScheduler, no cond_proj, no splam "
+            "metadata). It loads as an ordinary Stable Diffusion model: few steps need a SPLAM or LCM LoRA on it, or a "
+            "distilled checkpoint."
+        )
+    lacking = [part for part, found in (("CLIP (text encoder)", clip), ("VAE", vae)) if found is None]
+    if lacking:
+        warnings.append(
+            f"SPLAM Loader: {name} has no {' and no '.join(lacking)}; take {'them' if len(lacking) > 1 else 'it'} from "
+            "Load CLIP, Load VAE or Load Checkpoint."
+        )
+    unet_config = checkpoint.configs.get("unet", {})
+    if not unet_config and checkpoint.unet["input_blocks.0.0.weight"].shape[0] != 320:
+        warnings.append(
+            f"SPLAM Loader: {name} does not say how many attention heads its UNet has; taken as Stable Diffusion's. "
+            "If the picture is noise, put its config.json beside the file."
+        )
+    return warnings
+
+
+def _text_encoders(weights: dict) -> list[dict] | None:
+    """A single file's text encoders under transformers' names; None where it has none."""
+    first = _under(weights, "cond_stage_model.transformer.") or _under(weights, "conditioner.embedders.0.transformer.")
+    encoders = [first] if first else []
+    for prefix in (OPEN_CLIP, "conditioner.embedders.1.model."):
+        encoder = _under(weights, prefix)
+        if encoder:
+            encoders.append(comfy.utils.clip_text_transformers_convert(encoder, "", ""))
+    return encoders or None
+
+
+def _what_it_is(weights: dict) -> str:
+    """A guess at what a file without a UNet holds, for a message."""
+    keys = " ".join(list(weights)[:2000])
+    for mark, what in (
+        ("lora", "a LoRA: use SPLAM LoRA Loader"),
+        ("controlnet_cond_embedding", "a ControlNet: use Load ControlNet Model"),
+        ("control_model.", "a ControlNet: use Load ControlNet Model"),
+        ("double_blocks.", "a Flux-like transformer, which SPLAM does not sample"),
+        ("joint_blocks.", "an SD3-like transformer, which SPLAM does not sample"),
+        ("transformer_blocks.", "a transformer, which SPLAM does not sample"),
+        ("decoder.up", "a VAE: use Load VAE"),
+        ("token_embedding", "a text encoder: use Load CLIP"),
+    ):
+        if mark in keys and not (mark == "transformer_blocks." and "down_blocks." in keys):
+            return what
+    return f"keys like {', '.join(sorted(weights)[:3]) or 'none'}"
 
 
 def _under(state_dict: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key.startswith(prefix)}
-
-
-def _check_keys(module, weights: dict, what: str) -> None:
-    """The host only logs keys that are missing or left over; a picture made without them is noise."""
-    expected = module.state_dict()
-    missing = [key for key in expected if key not in weights]
-    unknown = [key for key in weights if key not in expected]
-    unfit = [key for key in expected if key in weights and expected[key].shape != weights[key].shape]
-    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has ill-fitting", unfit)):
-        if keys:
-            raise ValueError(
-                f"the {what} {problem} {len(keys)} of {len(expected)} weights, such as {keys[0]}. Expected Stable "
-                "Diffusion 1.x's architecture; the file may be cut off or belong to another model."
-            )

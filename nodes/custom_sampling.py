@@ -4,6 +4,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from .few_step import check_steps, sample_splam, splam_sigmas
+from .options import denoise_input, refinements_input, steps_input
 
 
 class SPLAMSamplerSelect(io.ComfyNode):
@@ -14,13 +15,13 @@ class SPLAMSamplerSelect(io.ComfyNode):
             display_name="SPLAM Sampler Select",
             category="sampling/SPLAM",
             description="SPLAM's few-step sampler, for SamplerCustom (cfg 1) and SamplerCustomAdvanced (BasicGuider).",
-            inputs=[],
+            inputs=[refinements_input()],
             outputs=[io.Sampler.Output(tooltip="Connect to sampler.")],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_splam))
+    def execute(cls, refinements=0) -> io.NodeOutput:
+        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements}))
 
 
 class SPLAMScheduler(io.ComfyNode):
@@ -33,15 +34,8 @@ class SPLAMScheduler(io.ComfyNode):
             description="The noise levels of SPLAM's few steps, on the timesteps that the model was distilled on.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its schedule names the noise levels."),
-                io.Int.Input("steps", default=4, min=1, max=8, tooltip="Model evaluations. 2 to 4 is usual."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 makes a new picture; less keeps more of the latent image. At least steps/50.",
-                ),
+                steps_input(),
+                denoise_input(),
             ],
             outputs=[io.Sigmas.Output(tooltip="Connect to sigmas.")],
         )

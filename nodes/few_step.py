@@ -7,7 +7,9 @@ from tqdm.auto import tqdm
 
 from ..splam_core.sampler import add_noise, cpu_noise, renoise_generator, sample
 from ..splam_core.schedule import broadcast_to, few_step_timesteps
-from .parametrisation import consistency, is_consistency, nearest_timesteps, schedule_of
+from ..splam_core.subpath import SubPathLinear
+from .gamma import Point, asking_at
+from .parametrisation import consistency, is_consistency, nearest_timesteps, schedule_of, takes_sub_paths
 
 GRID = 50  # points of the grid that distillation trains on; image-to-image keeps int(GRID * denoise) of them
 NAME = "splam"  # in KSampler's lists of samplers and schedulers
@@ -23,6 +25,22 @@ def check_steps(node: str, steps: int, denoise: float) -> None:
         )
 
 
+def check_latent(node: str, samples, channels: int) -> None:
+    """Raises ValueError for latents that this model cannot take."""
+    if samples.numel() == 0:
+        raise ValueError(f"{node}: the latent image is empty, shape {tuple(samples.shape)}. Give at least one latent.")
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"{node}: this model's latents have {channels} channels, the latent image has {samples.shape[1]}. "
+            "Encode the picture with the VAE of this model's loader."
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError(
+            f"{node}: the latent image holds NaN or infinite values. The node that made it failed; "
+            "a VAE in half precision may need ComfyUI's --fp32-vae."
+        )
+
+
 def splam_sigmas(sampling, steps: int, denoise: float = 1.0) -> torch.Tensor:
     """SIGMAS [steps + 1] of LCMScheduler's timesteps, ending in 0. sampling: a MODEL's model_sampling."""
     # From the model's own table: the host compares the first one with its largest to tell text-to-image.
@@ -30,16 +48,24 @@ def splam_sigmas(sampling, steps: int, denoise: float = 1.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Consistency sampling (eq. 19; Song et al., algorithm 1), one model evaluation a step.
+def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None, refinements=0):
+    """Consistency sampling (eq. 19; Song et al., algorithm 1), one model evaluation a step (1 + `refinements`).
 
     Works on any MODEL of a discrete schedule: without SPLAM's parametrisation the boundary scalings are applied here.
     The fresh noise comes from SPLAM's own generator, so that a seed means one picture on every ComfyUI version.
     """
     extra_args = {} if extra_args is None else extra_args
+    check_latent("SPLAM", x, model.inner_model.inner_model.latent_format.latent_channels)
     sampling = model.inner_model.inner_model.model_sampling
     patched = is_consistency(sampling)
+    if refinements > 0 and not takes_sub_paths(sampling):
+        raise ValueError(
+            f"SPLAM: refinements = {refinements} needs a MODEL that is told gamma. Put SPLAM Model Patch before the "
+            "sampler with gamma_conditioning 'noise-level' or 'embedding', or set refinements to 0."
+        )
     schedule = schedule_of(sampling).to(x.device)
+    if not patched:
+        x = x + _surplus_noise(model, sampling, sigmas[0])
     timesteps = nearest_timesteps(schedule, sigmas[sigmas > 0]).cpu()
     evaluations = len(sigmas) - 1
 
@@ -48,6 +74,13 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None)
         x = z / broadcast_to(schedule.alpha(t), z)
         denoised = model(x, sigma, **extra_args)
         return denoised if patched else consistency(denoised, x, sigma, t)
+
+    subpath = SubPathLinear(schedule)
+
+    def denoise_gamma(z, gamma, s, t):
+        point = Point(gamma[0].item(), int(t[0]))
+        alpha = schedule.alpha(t)
+        return model(z / broadcast_to(alpha, z), subpath.sigma(gamma, s, t) / alpha, **asking_at(point, extra_args))
 
     progress = tqdm(total=evaluations, disable=disable)
 
@@ -60,11 +93,26 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None)
     fresh_noise = cpu_noise(renoise_generator(extra_args.get("seed") or 0))
     with progress:
         z = x * schedule.alpha(timesteps[0])
-        x0 = sample(denoise, z, timesteps[:evaluations], schedule, fresh_noise, callback=report)
+        x0 = sample(
+            denoise, z, timesteps[:evaluations], schedule, fresh_noise, report, refinements, denoise_gamma, subpath
+        )
     if len(timesteps) == evaluations:
         return x0
     # The sigmas stop above zero: another sampler goes on from there.
     return add_noise(x0, fresh_noise(x0), timesteps[-1], schedule) / schedule.alpha(timesteps[-1])
+
+
+def _surplus_noise(model, sampling, sigma):
+    """What to add to the host's start of a MODEL without SPLAM's parametrisation.
+
+    At denoise 1 the host noises a picture as if it were nothing, by sqrt(1 + sigma^2) in place of sigma; image-to-image
+    starts from add_noise at every strength. (The parametrisation says so to the host by itself.)
+    """
+    latent, noise = getattr(model, "latent_image", None), getattr(model, "noise", None)
+    is_largest = float(sigma) > float(sampling.sigma_max) * (1 - 1e-5)
+    if latent is None or noise is None or not is_largest or torch.count_nonzero(latent) == 0:
+        return 0.0
+    return noise * (sigma - (1 + sigma**2) ** 0.5)
 
 
 def register() -> None:

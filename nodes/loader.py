@@ -1,7 +1,8 @@
-"""SPLAM Loader: MODEL, CLIP and VAE of a SPLAM, from a diffusers folder or a single file."""
+"""SPLAM Loader: MODEL, CLIP and VAE of a SPLAM, from a diffusers folder, a UNet or a single file."""
 
 from comfy_api.latest import io
 
+from .announce import warn
 from .catalogue import find_models, locate
 from .checkpoints import load, weight_files
 
@@ -15,31 +16,56 @@ class SPLAMLoader(io.ComfyNode):
             category="loaders/SPLAM",
             description=(
                 "Loads a SPLAM or LCM model as the authors' pipeline does: nothing of the checkpoint is dropped. "
-                "Takes diffusers pipeline folders (models/diffusers), single files (models/checkpoints) and the models "
-                "embedded in this pack."
+                "Takes diffusers pipelines and UNets (models/diffusers), UNet files (models/diffusion_models), single "
+                "files (models/checkpoints) and the models embedded in this pack."
             ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=list(find_models()),
                     tooltip=(
-                        "embedded-*: the small models of this pack. diffusers/*: a folder with model_index.json. "
-                        "Otherwise a single file."
+                        "embedded-*: the small models of this pack. alimama-creative/*: the published releases. "
+                        "diffusers/* and diffusion_models/*: what lies there; a UNet alone has no CLIP and no VAE. "
+                        "Otherwise a single file in checkpoints."
                     ),
-                )
+                ),
+                io.Float.Input(
+                    "embedded_guidance",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=(
+                        "For checkpoints with time_embedding.cond_proj only. 1: SPLAM's constant. An LCM checkpoint "
+                        "holds its guidance there: give the guidance_scale of diffusers' LCM pipeline (its default is "
+                        "8.5, embedded as 7.5)."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The UNet with SPLAM's schedule."),
-                io.Clip.Output(tooltip="The text encoder, for CLIP Text Encode."),
-                io.Vae.Output(tooltip="The autoencoder, for VAE Decode and VAE Encode."),
+                io.Clip.Output(tooltip="The text encoder, for CLIP Text Encode; none if the file is a UNet alone."),
+                io.Vae.Output(tooltip="The autoencoder, for VAE Decode and Encode; none if the file is a UNet alone."),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def validate_inputs(cls, model_name):
+        # In place of "value not in list": a sentence that says where models go.
+        try:
+            return model_name is None or bool(locate(model_name))
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, embedded_guidance=1.0):
         # A model that was trained on and exported again is loaded again.
         return [(str(file), file.stat().st_mtime_ns) for file in weight_files(locate(model_name))]
 
     @classmethod
-    def execute(cls, model_name) -> io.NodeOutput:
-        return io.NodeOutput(*load(locate(model_name)))
+    def execute(cls, model_name, embedded_guidance=1.0) -> io.NodeOutput:
+        loaded = load(locate(model_name), embedded_guidance)
+        if loaded.warnings:
+            warn("\n".join(loaded.warnings))
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)

@@ -33,6 +33,39 @@ class _Consistency(_Schedule):
         return super().noise_scaling(sigma, noise, latent_image, max_denoise=pure)
 
 
+class _SubPath(_Consistency):
+    """Also inside a sub-path, at the point that a call asks about (see gamma.py); `point` is None at all others.
+
+    In ComfyUI's variables the point is x_gamma/alpha(t) at noise level sigma(gamma, t)/alpha(t), for either way of
+    telling the network gamma; they differ in what the network sees.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, conditioning: str):
+        super().__init__(schedule)
+        self.conditioning, self.point = conditioning, None
+
+    def timestep(self, sigma):
+        if self.point is None:
+            return super().timestep(sigma)
+        if self.conditioning == "embedding":
+            return torch.full_like(sigma, self.point.t)
+        schedule = self.schedule.to(sigma.device)
+        return schedule.timestep_at(torch.ones_like(sigma), sigma)
+
+    def calculate_input(self, sigma, noise):
+        if self.point is None or self.conditioning != "embedding":
+            return super().calculate_input(sigma, noise)
+        return noise * self.schedule.alpha(self.point.t).to(noise)
+
+    def calculate_denoised(self, sigma, model_output, model_input):
+        if self.point is None:
+            return super().calculate_denoised(sigma, model_output, model_input)
+        x0 = super(_Consistency, self).calculate_denoised(sigma, model_output, model_input)
+        # At t, not at the inner timestep: below it c_skip + c_out would exceed 1.
+        c_skip, c_out = boundary_scalings(torch.tensor(float(self.point.t)))
+        return c_skip * self.calculate_input(sigma, model_input) + c_out * x0
+
+
 class PlainEPS(_Schedule, comfy.model_sampling.EPS):
     pass
 
@@ -46,6 +79,14 @@ class ConsistencyEPS(_Consistency, comfy.model_sampling.EPS):
 
 
 class ConsistencyV(_Consistency, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+class SubPathEPS(_SubPath, comfy.model_sampling.EPS):
+    pass
+
+
+class SubPathV(_SubPath, comfy.model_sampling.V_PREDICTION):
     pass
 
 
@@ -85,6 +126,19 @@ def as_consistency_model(model):
     if isinstance(sampling, _Consistency):
         return model
     return patch(model, schedule_of(sampling), prediction_type_of(sampling), True)
+
+
+def on_sub_paths(model, conditioning: str):
+    """A clone of a consistency MODEL that takes points inside sub-paths too; conditioning as Denoiser's."""
+    sampling = model.get_model_object("model_sampling")
+    kind = SubPathV if prediction_type_of(sampling) == "v_prediction" else SubPathEPS
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", kind(schedule_of(sampling), conditioning))
+    return patched
+
+
+def takes_sub_paths(sampling) -> bool:
+    return isinstance(sampling, _SubPath)
 
 
 def nearest_timesteps(schedule: NoiseSchedule, sigmas):

@@ -5,10 +5,10 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
-import torch
 from comfy_api.latest import io
 
-from .few_step import check_steps, sample_splam, splam_sigmas
+from .few_step import check_latent, check_steps, sample_splam, splam_sigmas
+from .options import denoise_input, refinements_input, steps_input
 from .parametrisation import as_consistency_model
 
 
@@ -21,7 +21,7 @@ class SPLAMSampler(io.ComfyNode):
             category="sampling/SPLAM",
             description=(
                 "Samples a SPLAM (or LCM) model in 1 to 8 steps, as the authors' pipeline does. "
-                "One model evaluation a step, no guidance pass; works with a MODEL from any loader."
+                "One model evaluation a step, no guidance pass unless asked; works with a MODEL from any loader."
             ),
             inputs=[
                 io.Model.Input(
@@ -43,41 +43,50 @@ class SPLAMSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The same seed gives the same picture on every ComfyUI version.",
                 ),
-                io.Int.Input(
-                    "steps", default=4, min=1, max=8, tooltip="Model evaluations. 2 to 4 is what SPLAM is made for."
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 makes a new picture; less keeps more of latent_image. At least steps/50.",
-                ),
+                steps_input(),
+                denoise_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Has no effect: the guidance is inside the model. Here so that KSampler's graphs fit.",
+                    tooltip="What the picture should not show. Has no effect at guidance 1.",
                 ),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=(
+                        "Leave at 1: the guidance is inside the model, and a step is one evaluation. Above 1, as "
+                        "KSampler's cfg: w in w*positive + (1-w)*negative: two evaluations a step."
+                    ),
+                ),
+                refinements_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latents.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed, steps, denoise, negative=None) -> io.NodeOutput:
+    def execute(cls, model, positive, latent_image, seed, steps, denoise, negative=None, guidance=1.0, refinements=0):
         check_steps("SPLAM Sampler", steps, denoise)
+        if guidance > 1 and negative is None:
+            raise ValueError(
+                f"SPLAM Sampler: guidance {guidance:g} needs a negative conditioning, and none is connected. Connect "
+                "one (an empty prompt will do), or set guidance to 1."
+            )
         model = as_consistency_model(model)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        check_latent(samples, model.get_model_object("latent_format").latent_channels)
+        check_latent("SPLAM Sampler", samples, model.get_model_object("latent_format").latent_channels)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         # No negative conditioning at all, rather than guidance 1: nothing then has to be skipped.
         guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive})
-        guider.set_cfg(1.0)
+        guider.inner_set_conds({"positive": positive} | ({"negative": negative} if guidance > 1 else {}))
+        guider.set_cfg(guidance)
         result = guider.sample(
             noise,
             samples,
-            comfy.samplers.KSAMPLER(sample_splam),
+            comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements}),
             splam_sigmas(model.get_model_object("model_sampling"), steps, denoise),
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, steps),
@@ -85,21 +94,3 @@ class SPLAMSampler(io.ComfyNode):
             seed=seed,
         )
         return io.NodeOutput({**latent_image, "samples": result.to(comfy.model_management.intermediate_device())})
-
-
-def check_latent(samples, channels: int) -> None:
-    """Raises ValueError for latents that this model cannot take."""
-    if samples.numel() == 0:
-        raise ValueError(
-            f"SPLAM Sampler: latent_image is empty, shape {tuple(samples.shape)}. Give at least one latent."
-        )
-    if samples.shape[1] != channels:
-        raise ValueError(
-            f"SPLAM Sampler: this model's latents have {channels} channels, latent_image has {samples.shape[1]}. "
-            "Encode the picture with the VAE of the SPLAM Loader."
-        )
-    if not torch.isfinite(samples).all():
-        raise ValueError(
-            "SPLAM Sampler: latent_image holds NaN or infinite values. The node that made it failed; "
-            "a VAE in half precision may need ComfyUI's --fp32-vae."
-        )

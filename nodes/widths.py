@@ -1,4 +1,4 @@
-"""Options of ComfyUI's UNet, autoencoder and text encoder classes for Stable Diffusion 1.x at any width.
+"""Options of ComfyUI's UNet, autoencoder and text encoder classes for Stable Diffusion at any width.
 
 Shapes tell everything but the number of attention heads, which diffusers' config.json holds.
 """
@@ -16,7 +16,6 @@ FIXED = (
     ("resnet_time_scale_shift", "default"),
     ("time_embedding_type", "positional"),
     ("class_embed_type", None),
-    ("addition_embed_type", None),
     ("encoder_hid_dim", None),
     ("only_cross_attention", False),
     ("mid_block_type", "UNetMidBlock2DCrossAttn"),
@@ -26,20 +25,24 @@ FIXED = (
 def unet_options(weights: dict, config: dict | None) -> dict:
     """Arguments of ComfyUI's UNetModel for a UNet under LDM names. Raises ValueError where it has no such UNet."""
     config = {} if config is None else config
-    for key, value in FIXED:
+    added = "text_time" if "label_emb.0.0.weight" in weights else None
+    for key, value in (*FIXED, ("addition_embed_type", added)):
         if config.get(key, value) != value:
             raise ValueError(
-                f"the UNet's config.json has {key} = {config[key]!r}, expected {value!r} as in Stable Diffusion 1.x."
+                f"the UNet's config.json has {key} = {config[key]!r}, expected {value!r} as in Stable Diffusion."
             )
     # The caller's dictionary must stay whole; the host only reads it here.
     options = comfy.model_detection.detect_unet_config(weights, "")
     if options is None or options.get("context_dim") is None:
         raise ValueError(
-            "the UNet has no cross-attention that ComfyUI recognises; expected Stable Diffusion 1.x's architecture."
+            "the UNet has no cross-attention that ComfyUI recognises; expected Stable Diffusion's architecture."
         )
     widths = [multiple * options["model_channels"] for multiple in options["channel_mult"]]
     # diffusers calls the number of heads attention_head_dim, and keeps that name for old checkpoints.
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim")
+    if heads is None and options["use_linear_in_transformer"] and all(width % 64 == 0 for width in widths):
+        return {**options, "num_heads": -1, "num_head_channels": 64}  # SD2.x and SDXL; SD1.x has 8 heads everywhere
+    heads = heads or 8
     heads = [heads] * len(widths) if isinstance(heads, int) else list(heads)
     if len(set(heads)) == 1:
         return {**options, "num_heads": heads[0], "num_head_channels": -1}

@@ -60,5 +60,8 @@ def server(comfyui, pipelines, tmp_path_factory) -> ComfyServer:
     folder = tmp_path_factory.mktemp("comfyui")
     (folder / "models").mkdir()
     (folder / "models" / "diffusers").symlink_to(pipelines.folder, target_is_directory=True)
+    (folder / "custom_nodes").mkdir()
+    helpers = Path(__file__).with_name("helper_nodes")
+    (folder / "custom_nodes" / "helper_nodes").symlink_to(helpers, target_is_directory=True)
     with ComfyServer(comfyui, folder) as running:
         yield running

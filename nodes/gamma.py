@@ -1,0 +1,104 @@
+"""Asking a MODEL about points inside a sub-path, by ModelPatcher's means: wrappers, object patches, attachments.
+
+The sampler names a point (gamma, t) in the call's transformer_options; only such calls are changed. At every other call
+a patched MODEL computes what it did before, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import comfy.patcher_extension
+import torch
+
+from ..splam_core.gamma import authors_embedding, gamma_embedding
+from .parametrisation import as_consistency_model, on_sub_paths
+
+POINT = "splam_point"  # in transformer_options
+ATTACHMENT = "splam_gamma"  # on a MODEL whose checkpoint had gamma weights
+KEY = "splam"  # of the wrapper: patching twice leaves one
+TIME_EMBEDDING = "diffusion_model.time_embed.0"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where on the sub-path that ends at timestep t: 0 < gamma < 1."""
+
+    gamma: float
+    t: int
+
+
+@dataclass(frozen=True)
+class GammaWeights:
+    """What told the UNet gamma, before its constant at gamma = 1 was folded away.
+
+    cond_proj: [C, dim]; bandwidth: of an embedding that is zero at gamma = 1, or None for the authors'.
+    """
+
+    cond_proj: torch.Tensor
+    bandwidth: float | None = None
+
+    def shift(self, gamma: float) -> torch.Tensor:
+        """[C]: what gamma adds to the timestep's sinusoid beyond the folded constant; zero at gamma = 1."""
+        # In float64, as the fold.
+        points = torch.tensor([gamma, 1.0], dtype=torch.float64)
+        dim = self.cond_proj.shape[1]
+        if self.bandwidth is None:
+            phi = authors_embedding(points.float(), dim).double()
+        else:
+            phi = gamma_embedding(points, dim, self.bandwidth)
+        return self.cond_proj.double().cpu() @ (phi[0] - phi[1])
+
+
+class _TimeEmbedding:
+    """The forward of time_embed.0, which sees `shift` added to its input while a point is asked about."""
+
+    def __init__(self, forward):
+        self.inner, self.shift = forward, None
+
+    def forward(self, tau):
+        return self.inner(tau if self.shift is None else tau + self.shift.to(tau))
+
+
+def patch_gamma(model, conditioning: str):
+    """A clone of the MODEL that can be asked about points inside sub-paths.
+
+    conditioning: "noise-level" or "embedding". Raises ValueError where the second has no weights, and for a MODEL that
+    is not one of discrete variance-preserving diffusion.
+    """
+    # Copied: a cached MODEL that stands elsewhere in the graph keeps its own.
+    patched = on_sub_paths(as_consistency_model(model), conditioning)
+    weights, embedding = None, None
+    if conditioning == "embedding":
+        weights = model.get_attachment(ATTACHMENT)
+        if weights is None:
+            raise ValueError(
+                "SPLAM Model Patch: gamma_conditioning 'embedding' needs a checkpoint with the weight "
+                "time_embedding.cond_proj, loaded by SPLAM Loader with embedded_guidance 1; this MODEL has none. "
+                "Choose 'noise-level', which needs no weights, or 'none'."
+            )
+        embedding = _TimeEmbedding(patched.get_model_object(f"{TIME_EMBEDDING}.forward"))
+        patched.add_object_patch(f"{TIME_EMBEDDING}.forward", embedding.forward)
+
+    def at_point(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        options = {} if transformer_options is None else transformer_options
+        sampling, point = executor.class_obj.model_sampling, options.get(POINT)
+        sampling.point = point
+        if embedding is not None:
+            embedding.shift = None if point is None else weights.shift(point.gamma)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            sampling.point = None
+            if embedding is not None:
+                embedding.shift = None
+
+    wrappers = comfy.patcher_extension.WrappersMP
+    patched.remove_wrappers_with_key(wrappers.APPLY_MODEL, KEY)
+    patched.add_wrapper_with_key(wrappers.APPLY_MODEL, KEY, at_point)
+    return patched
+
+
+def asking_at(point: Point, extra_args: dict) -> dict:
+    """A sampler's extra_args for a call at this point."""
+    model_options = extra_args.get("model_options", {})
+    transformer_options = {**model_options.get("transformer_options", {}), POINT: point}
+    return {**extra_args, "model_options": {**model_options, "transformer_options": transformer_options}}

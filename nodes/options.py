@@ -1,0 +1,34 @@
+"""Inputs that more than one node has: one wording, one range."""
+
+from comfy_api.latest import io
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps", default=4, min=1, max=8, tooltip="Model evaluations. 2 to 4 is what SPLAM is made for."
+    )
+
+
+def denoise_input() -> io.Float.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 makes a new picture; less keeps more of the latent image. At least steps/50.",
+    )
+
+
+def refinements_input() -> io.Int.Input:
+    return io.Int.Input(
+        "refinements",
+        default=0,
+        min=0,
+        max=8,
+        optional=True,
+        tooltip=(
+            "EXPERIMENTAL, leave at 0: further evaluations a step along the sub-path. Needs SPLAM Model Patch with "
+            "gamma_conditioning; no gain has been measured."
+        ),
+    )

@@ -1,0 +1,99 @@
+"""Nodes of the tests' ComfyUI alone: what other packs do to a MODEL or a CONDITIONING, and what can go wrong."""
+
+import comfy.controlnet
+import torch
+
+
+class TestAttentionPatch:
+    """As IPAdapter does it: attn2's keys and values get more tokens, here the prompt's own at another strength."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "strength": ("FLOAT", {"default": 0.5})}}
+
+    def run(self, model, strength):
+        def more_tokens(q, k, v, extra_options):
+            return q, torch.cat([k, k * strength], dim=1), torch.cat([v, v * strength], dim=1)
+
+        model = model.clone()
+        model.set_model_attn2_patch(more_tokens)
+        return (model,)
+
+
+class _Residual(comfy.controlnet.ControlBase):
+    """A ControlNet's part of the work without its network: a residual for the middle block.
+
+    It asks the MODEL for the timestep of a noise level, as the host's ControlNets do, and wants the nearest.
+    """
+
+    def pre_run(self, model, percent_to_timestep_function):
+        super().pre_run(model, percent_to_timestep_function)
+        self.sampling = model.model_sampling
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        nearest = (t.log() - self.sampling.log_sigmas[:, None]).abs().argmin(dim=0)
+        if not torch.equal(self.sampling.timestep(t).long(), nearest):
+            raise RuntimeError(
+                f"timestep {self.sampling.timestep(t).tolist()} of a noise level nearest {nearest.tolist()}"
+            )
+        batch, _, height, width = x_noisy.shape
+        return {"middle": [torch.full((batch, 128, height // 4, width // 4), self.strength)], "output": []}
+
+    def copy(self):
+        other = _Residual()
+        self.copy_to(other)
+        return other
+
+
+class TestControlNet:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONTROL_NET",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def run(self):
+        return (_Residual(),)
+
+
+class TestWrapper:
+    """A model function wrapper of another pack: passes on, or runs out of memory."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "out_of_memory": ("BOOLEAN", {"default": False})}}
+
+    def run(self, model, out_of_memory):
+        def wrapper(apply_model, arguments):
+            if out_of_memory:
+                raise torch.OutOfMemoryError("Allocation on device would exceed allowed memory.")
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return (model,)
+
+
+class TestConditioning:
+    """A prompt of random numbers, for UNets whose text encoder is too large for a test."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"width": ("INT", {"default": 768}), "seed": ("INT", {"default": 0})}}
+
+    def run(self, width, seed):
+        return ([[torch.randn((1, 77, width), generator=torch.Generator().manual_seed(seed)), {}]],)
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestAttentionPatch": TestAttentionPatch,
+    "TestControlNet": TestControlNet,
+    "TestWrapper": TestWrapper,
+    "TestConditioning": TestConditioning,
+}
