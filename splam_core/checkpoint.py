@@ -190,6 +190,10 @@ def save_file(
     try:
         tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
         safetensors.torch.save_file(tensors, partial, {"format": "pt", **(metadata or {})})
+        # The library makes files for their owner alone; a web UI may run as another user.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Key maps against diffusers' own converter and true Stable Diffusion names; files that are not what they claim."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -355,3 +356,10 @@ def test_the_fold_reads_scaled_fp8_weights(make_unet):
     found, expected = (fold_gamma(state)[0]["time_embedding.linear_1.bias"] for state in (scaled, unet))
     assert torch.equal(found, expected)
     assert not any("cond_proj" in key for key in fold_gamma(scaled)[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
