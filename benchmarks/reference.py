@@ -1,13 +1,26 @@
-"""The explicit diffusers loop that hosts are compared with, and pipelines of random weights to run it on."""
+"""What hosts are compared with: an explicit loop over diffusers' UNet and LCMScheduler, on random weights."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
+
+RENOISE_OFFSET = 0x53504C414D  # written out: the pictures of a seed must not change with the code
+
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -24,7 +37,13 @@ SCHEDULER = {
 
 
 def write_pipeline(
-    folder: Path, *, cond_proj: bool = False, prediction_type: str = "epsilon", seed: int = 0, **unet
+    folder: Path,
+    *,
+    cond_proj: bool = False,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    scaling_factor: float = 0.31,
+    **unet,
 ) -> Path:
     """A StableDiffusionPipeline folder in the embedded pipeline's shape, which `unet` options change.
 
@@ -50,7 +69,7 @@ def write_pipeline(
         layers_per_block=2,
         latent_channels=4,
         sample_size=128,
-        scaling_factor=0.31,
+        scaling_factor=scaling_factor,
     )
     _save(autoencoder, folder / "vae")
     text = CLIPTextConfig(
@@ -80,7 +99,7 @@ class Reference:
     """diffusers' classes on one pipeline folder, in fp32 on the CPU."""
 
     def __init__(self, folder: Path):
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
+        self.unet = load_unet(folder)
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
         self.scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -97,33 +116,150 @@ class Reference:
         pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
-    @torch.no_grad()
-    def few_step(
-        self, embeds, noise, fresh_noise, steps: int, strength: float = 1.0, image=None, guidance_scale: float = 1.0
-    ):
-        """LCMScheduler's loop on latents in the pipeline's scale; `fresh_noise(x)` replaces the scheduler's own draws.
+    def few_step(self, embeds, noise, fresh_noise, steps: int, **options) -> torch.Tensor:
+        """`few_step` on this pipeline's UNet and schedule."""
+        return few_step(self.unet, self.scheduler_config, embeds, noise, fresh_noise, steps, **options)
 
-        image: latents to start from; None for text-to-image. guidance_scale: what a UNet with time_cond_proj is told.
-        """
-        scheduler = LCMScheduler.from_config(self.scheduler_config)
-        scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
-        if image is None:
-            x = noise * scheduler.init_noise_sigma
-        else:
-            x = scheduler.add_noise(image, noise, scheduler.timesteps[:1])
-        condition = None
-        if self.unet.config.time_cond_proj_dim:
-            condition = guidance_embedding(torch.tensor([guidance_scale - 1.0]), self.unet.config.time_cond_proj_dim)
-        for i, t in enumerate(scheduler.timesteps):
-            output = self.unet(x, t, embeds.expand(len(x), -1, -1), timestep_cond=condition).sample
-            # step() would draw the noise itself: its denoised half is taken, and the noise added by add_noise.
-            x0 = scheduler.step(output, t, x, return_dict=True).denoised
-            x = (
-                scheduler.add_noise(x0, fresh_noise(x0), scheduler.timesteps[i + 1 : i + 2])
-                if i + 1 < len(scheduler.timesteps)
-                else x0
-            )
-        return x
+
+@torch.no_grad()
+def few_step(
+    unet: UNet2DConditionModel,
+    scheduler_config: dict,
+    embeds: torch.Tensor,
+    noise: torch.Tensor,
+    fresh_noise: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+    strength: float = 1.0,
+    image: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    added_cond_kwargs: dict | None = None,
+) -> torch.Tensor:
+    """LCMScheduler's loop on latents in the pipeline's scale; `fresh_noise(x)` replaces the scheduler's own draws.
+
+    embeds: [1 or B, 77, C]; image: latents to start from, None for text-to-image; mask: [1, 1, H, W] in 0..1, 1 where
+    the image may change, by ComfyUI's rule: before each evaluation the rest is the noised image, after it the image.
+    guidance_scale: what a UNet with time_cond_proj is told. added_cond_kwargs: SDXL's.
+    """
+    scheduler = LCMScheduler.from_config(scheduler_config)
+    scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
+    timesteps = scheduler.timesteps
+    x = noise * scheduler.init_noise_sigma
+    if image is not None:
+        x = scheduler.add_noise(image, noise, timesteps[:1])
+    condition = None
+    if unet.config.time_cond_proj_dim:
+        condition = guidance_embedding(torch.tensor([guidance_scale - 1.0]), unet.config.time_cond_proj_dim)
+    for i, t in enumerate(timesteps):
+        if mask is not None:
+            x = mask * x + (1 - mask) * scheduler.add_noise(image, noise, timesteps[i : i + 1])
+        output = unet(
+            x,
+            t,
+            embeds.expand(len(x), -1, -1),
+            timestep_cond=condition,
+            added_cond_kwargs=added_cond_kwargs,
+        ).sample
+        # step() would draw the noise itself: its denoised half is taken, and the noise added by add_noise.
+        x0 = scheduler.step(output, t, x, return_dict=True).denoised
+        if mask is not None:
+            x0 = mask * x0 + (1 - mask) * image
+        last = i + 1 == len(timesteps)
+        x = x0 if last else scheduler.add_noise(x0, fresh_noise(x0), timesteps[i + 1 : i + 2])
+    return x
+
+
+@torch.no_grad()
+def whole_pipeline(
+    unet: UNet2DConditionModel,
+    scheduler_config: dict,
+    embeds: torch.Tensor,
+    noise: torch.Tensor,
+    fresh_noise: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+    strength: float = 1.0,
+    image: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    added_cond_kwargs: dict | None = None,
+) -> torch.Tensor | None:
+    """`few_step` by the diffusers pipeline that users call for it; None where there is none.
+
+    LatentConsistencyModelPipeline and its img2img for a UNet with time_cond_proj, StableDiffusionPipeline and
+    StableDiffusionXLPipeline (text-to-image only: their img2img has a timestep grid of its own) for one without.
+    """
+    with_projection = unet.config.time_cond_proj_dim is not None
+    if mask is not None or (image is not None and not with_projection):
+        return None
+    scheduler = LCMScheduler.from_config(scheduler_config)
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    call = {"prompt_embeds": embeds, "num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
+    size = {"height": noise.shape[2] * 8, "width": noise.shape[3] * 8, "latents": noise}
+    if added_cond_kwargs is not None:
+        parts = nothing | dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        pipeline = diffusers.StableDiffusionXLPipeline(unet=unet, scheduler=scheduler, add_watermarker=False, **parts)
+        call |= size | {"pooled_prompt_embeds": added_cond_kwargs["text_embeds"]}
+    else:
+        kinds = {
+            (False, False): diffusers.StableDiffusionPipeline,
+            (True, False): diffusers.LatentConsistencyModelPipeline,
+            (True, True): diffusers.LatentConsistencyModelImg2ImgPipeline,
+        }
+        safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = kinds[with_projection, image is not None](unet=unet, scheduler=scheduler, **nothing, **safety)
+        call |= size if image is None else {"image": image, "strength": strength}
+    pipeline.set_progress_bar_config(disable=True)
+    draws = iter([noise] if image is not None else [])
+
+    def draw(shape, **_) -> torch.Tensor:
+        given = next(draws, None)
+        return fresh_noise(torch.empty(shape)) if given is None else given
+
+    modules = [sys.modules[scheduler.__module__], sys.modules[type(pipeline).__module__]]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "randn_tensor", draw))
+        return pipeline(**call).images
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder, in fp32."""
+    return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
+
+
+def add_adapter(unet: UNet2DConditionModel) -> None:
+    """A peft LoRA of rank 4 whose alpha is not its rank, and whose every factor is random."""
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=list(LORA_TARGETS)))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
+
+
+def random_lora(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The adapter under kohya's names. Adds it to the UNet."""
+    add_adapter(unet)
+    kohya = {}
+    for key, weight in get_peft_model_state_dict(unet).items():
+        module, _, side = key.removesuffix(".weight").rpartition(".")
+        path = "lora_unet_" + module.replace(".", "_")
+        kohya[f"{path}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[side] }.weight"] = weight.contiguous()
+        kohya[f"{path}.alpha"] = torch.tensor(2.0)
+    return kohya
+
+
+def node_noises(
+    shape: tuple[int, ...], seed: int, renoise_offset: int = RENOISE_OFFSET
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The initial noise as ComfyUI draws it for this seed, and the draws of a generator of seed + renoise_offset."""
+    initial = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed((seed + renoise_offset) % 2**64)
+    return initial, lambda x: torch.randn(x.shape, generator=generator)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest absolute difference over the standard deviation of what was expected."""
+    return ((found - expected).abs().max() / expected.std()).item()
 
 
 def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
