@@ -1,112 +1,198 @@
 """Distil a Stable Diffusion model into one that needs 2-4 steps.
 
     python training/distill.py --teacher embedded --output-dir runs/student
+    python training/distill.py --teacher dreamshaper-v7 --data pictures/ --lora
+    accelerate launch --config_file training/configs/ddp.yaml training/distill.py --teacher sd15 ...
 
-Writes into OUTPUT_DIR: log.jsonl (one line a step), sheet-STEP.png (the same prompts and seeds each time: teacher 50
-steps, student 1, 2, 4), checkpoint-STEP (resume with --resume-from-checkpoint latest), and at the end the student as
-a diffusers pipeline in pipeline/ and as the single file NAME.splam.safetensors.
+Writes into OUTPUT_DIR: log.jsonl (one line a step), validation.jsonl, tensorboard/, sheet-STEP.png (the same prompts
+and seeds each time: teacher 50 steps; student 1, 2, 4, 8), checkpoint-STEP (resume with --resume-from-checkpoint
+latest), best/, and at the end the student as a diffusers pipeline in pipeline/ and as the single file
+NAME.splam.safetensors or NAME.splam-lora.safetensors, with README.md and a ComfyUI workflow.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "training"
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from training.config import Config, parse
-from training.embedded.scenes import scene
-from training.export import save_diffusers, save_single_file
-from training.generate import generate
-from training.pipeline import load_pipeline
-from training.sheet import save_sheet, to_images
-from training.trainer import DTYPES, Distillation, export_unet
+from training.export import save_diffusers, save_lora
+from training.model_files import read_model, write_single_file
+from training.networks import DTYPES, base_dtype, merged
+from training.pipeline import Pipeline, load_pipeline, weights_hash
+from training.plan import print_plan
+from training.progress import (
+    Sheets,
+    Trackers,
+    flat_scores,
+    keep_log,
+    save_card,
+    save_curves,
+    save_workflow,
+)
+from training.trainer import Distillation, Progress
 
-PROMPTS = 8
 
-
-class Sheets:
-    """Sheets of the same prompts and seeds over a run; the teacher's column is drawn once."""
-
-    def __init__(self, run: Distillation) -> None:
-        self.run = run
-        self.prompts = [str(scene(run.config.seed + 2, index)[1]) for index in range(PROMPTS)]
-        self.teacher = self._draw("ddim", 50, run.config.guidance_scale)
-
-    def _draw(self, sampler: str, steps: int, guidance_scale: float = 1.0) -> list:
-        pipeline = self.run.pipeline
-        return to_images(
-            pipeline.decode(generate(pipeline, self.prompts, range(PROMPTS), sampler, steps, guidance_scale))
-        )
-
-    def save(self, path: Path) -> None:
-        pipeline, teacher = self.run.pipeline, self.run.pipeline.unet
-        pipeline.unet = export_unet(self.run.target, teacher)
-        try:
-            students = [(f"student {steps}", self._draw("splam", steps)) for steps in (1, 2, 4)]
-        finally:
-            pipeline.unet = teacher
-        save_sheet(path, [("teacher 50", self.teacher), *students], self.prompts)
+def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
+    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
+    dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
+    return load_pipeline(
+        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
+    )
 
 
 def distill(config: Config) -> None:
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    main = accelerator.is_main_process
+    """Train, show and export. Raises what the parts raise, each with one clear message."""
+    # While one process draws a sheet, the others wait for it.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
     set_seed(config.seed)
-    name = "embedded-teacher" if config.teacher == "embedded" else config.teacher
-    pipeline = load_pipeline(name, accelerator.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    pipeline = load_teacher(config, accelerator.device)
     run = Distillation(config, pipeline, accelerator)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if config.resume_from_checkpoint:
         folder = run.resume(config.resume_from_checkpoint)
         accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir} yet: starting anew")
-    log = config.output_dir / "log.jsonl"
-    if main:
-        _keep_log(log, run.step)
-    sheets = Sheets(run) if main and config.sample_every else None
+    accelerator.print(f"data: {run.data.describe()}")
+    if accelerator.is_main_process:
+        (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
+        _watched(run)
+    else:
+        for _ in run.train():
+            pass
+    accelerator.wait_for_everyone()
+
+
+def _watched(run: Distillation) -> None:
+    """The main process's run: log, sheets, validation and the finished student."""
+    config, out = run.config, run.config.output_dir
+    log, validations = out / "log.jsonl", out / "validation.jsonl"
+    for file in (log, validations):
+        keep_log(file, run.step)
+    trackers = Trackers(config, run.step)
+    with run.accelerator.autocast():
+        sheets = Sheets(config, run.pipeline, run.networks) if config.sample_every else None
+    every = config.sample_every or config.checkpointing_steps
+    sheet, scores = None, None
     with (
-        tqdm(
-            total=config.max_train_steps, initial=run.step, desc=config.method, disable=not main, mininterval=1
-        ) as bar,
+        tqdm(total=config.max_train_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
         open(log, "a", encoding="utf-8") as lines,
     ):
         for progress in run.train():
             bar.update()
-            bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images / progress.seconds:.1f} images/s")
-            if not main:
-                continue
+            bar.set_postfix_str(_line(progress))
             lines.write(json.dumps(vars(progress)) + "\n")
             lines.flush()
-            last = progress.step == config.max_train_steps
-            if sheets and (progress.step % config.sample_every == 0 or last):
-                sheets.save(config.output_dir / f"sheet-{progress.step:06d}.png")
-    if main:
-        folder, file = config.output_dir / "pipeline", config.output_dir / f"{config.name}.splam.safetensors"
-        save_diffusers(pipeline, export_unet(run.target, pipeline.unet), folder, DTYPES[config.export_dtype])
-        save_single_file(folder, file, config)
-        print(f"student: {folder}\nsingle file: {file}")
+            names = ("loss", "gradient_norm", "learning_rate")
+            trackers.scalars({f"train/{name}": getattr(progress, name) for name in names}, progress.step)
+            if progress.step % every and progress.step != config.max_train_steps:
+                continue
+            if config.validation_samples:
+                scores = run.validate()
+                flat = flat_scores(scores)
+                trackers.scalars(flat, progress.step)
+                with open(validations, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": progress.step, **flat}) + "\n")
+                shown = ", ".join(f"{role} {score.loss:.4f}" for role, score in scores.items())
+                bar.write(f"step {progress.step}: validation loss: {shown}")
+            if sheets:
+                sheet = out / f"sheet-{progress.step:06d}.png"
+                with run.accelerator.autocast():
+                    sheets.save(sheet)
+                trackers.sheet(sheet, progress.step)
+    trackers.close()
+    if scores is None and config.validation_samples:  # resumed after the last step
+        scores = run.validate()
+    role = min(scores, key=lambda one: scores[one].loss) if scores else "target"
+    sheets = None
+    sheet = sheet or max(out.glob("sheet-*.png"), default=None)
+    _finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
 
 
-def _keep_log(log: Path, step: int) -> None:
-    """Drop what the log says of steps after `step`, which will be done again, and a line that was cut off."""
-    if log.exists():
-        whole = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+def _line(progress: Progress) -> str:
+    text = f"loss {progress.loss:.4f}, {progress.images / progress.seconds:.1f} images/s"
+    if torch.cuda.is_available():
+        return f"{text}, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    return f"{text}, {peak_memory() / 1e9:.1f} GB"
+
+
+def peak_memory() -> float:
+    """This process's peak memory in bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
+    """The student on disk in every form, with its card and workflow."""
+    config, out, dtype = run.config, run.config.output_dir, DTYPES[run.config.export_dtype]
+    lora = run.networks.lora(role) if config.lora else None
+    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    state = None if lora else run.networks.export(role)
+    step, samples, best, described, skipped = run.step, run.samples, run.best, run.data.describe(), run.data.skipped
+    run.free()
+    # The teacher once more, whole and in fp32: in memory it may have been rounded.
+    teacher = load_teacher(config, "cpu")
+    digest = weights_hash(teacher.unet)
+    teacher.unet.load_state_dict(merged(teacher.unet.state_dict(), lora, scale) if lora else state)
+    torch.nn.Module.to(teacher.unet, dtype)
+    folder = out / "pipeline"
+    save_diffusers(teacher, teacher.unet, folder, dtype)
+    model = read_model(folder)
+    metadata = {
+        "splam.method": config.method,
+        "splam.skip": str(config.skip),
+        "splam.solver_skip": str(config.solver_skip),
+        "splam.guidance_scale": str(config.guidance_scale),
+        "splam.teacher": Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
+        "splam.teacher_hash": digest,
+    }
+    if lora is None:
+        file = out / f"{config.name}.splam.safetensors"
+        write_single_file(model, file, config.name, metadata)
+        workflow = save_workflow(config, teacher, out, file.name, None)
+    else:
+        file = out / f"{config.name}.splam-lora.safetensors"
+        save_lora(lora, file, model, scale, dtype, config.name, metadata)
+        base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
+        workflow = save_workflow(config, teacher, out, base, file.name)
+    save_curves(out, out / "curves.png")
+    result = {
+        "steps": step,
+        "samples": samples,
+        "exported": role,
+        **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
+        "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
+        "k, k_phi, w": f"{config.skip}, {config.solver_skip}, {config.guidance_scale:g}",
+        "teacher (SHA-256 of its weights)": digest,
+        "samples skipped": len(skipped),
+    }
+    save_card(config, out, result, described, sheet, ["pipeline/", file.name, workflow.name])
+    print(f"exported: {role}\nstudent: {folder}\nsingle file: {file}\nworkflow: {workflow}")
 
 
 def main() -> int:
-    config = parse(description=__doc__)
     try:
-        distill(config)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        config = parse(description=__doc__)
+        if config.plan:
+            print_plan(config)
+        else:
+            distill(config)
+    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

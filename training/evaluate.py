@@ -1,10 +1,14 @@
-"""Score a model: pictures from its prompts, judged.
+"""Score a model: pictures from its prompts, judged; or set results side by side.
 
     python training/evaluate.py --protocol embedded --model embedded-student --steps 4 --json scores.json
+    python training/evaluate.py --protocol coco2014-30k --model FOLDER --captions captions.txt --reference val2014 \\
+        --output-dir pictures --json scores.json
+    python training/evaluate.py --compare a.json b.json --markdown table.md --plots plots
 
 The `embedded` protocol draws captions of the procedural scenes (half of one object, half of two), or takes those of
---prompts, one a line; a small detector says which pictures show exactly their caption (attribute accuracy), and the
-Frechet distance between its features of the pictures and of rendered scenes says how alike the distributions are.
+--captions; a small detector says which pictures show exactly their caption. The other protocols take captions and
+reference pictures by path and give FID, KID, precision, recall and the CLIP score. With --output-dir the pictures are
+kept, and a run that was stopped goes on. --curves adds endpoint error and delta(t, k). docs/evaluation.md explains all.
 """
 
 from __future__ import annotations
@@ -19,177 +23,259 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "training"
+    # Before the libraries that would: scoring downloads nothing.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from training.embedded.judge import Judge, load_judge
-from training.embedded.loop import to_tensor
-from training.embedded.scenes import Caption, draw_caption, parse_caption, place, render
-from training.generate import SAMPLERS, generate, unet_evaluations
-from training.pipeline import ASSETS, EMBEDDED, NAMED, load_pipeline
-from training.sheet import to_images
+from splam_core import few_step_timesteps
+from training import report
+from training.drawing import SCENE_SOURCES, Drawn, draw, load_model, measure_curves, size_of
+from training.embedded_scores import drawn_captions, read_scene_captions, scores_of
+from training.generate import SAMPLERS, unet_evaluations
+from training.perceptual import (
+    ReferenceSet,
+    clip_score,
+    clip_weights,
+    image_files,
+    inception_features,
+    inception_scores,
+    inception_weights,
+    load_clip,
+    load_inception,
+)
+from training.pipeline import NAMED
+from training.protocols import PROTOCOLS, protocol_captions
+from training.teachers import resolve
 
-PROTOCOLS = ("embedded",)
-REFERENCE_SCENES = 2048
-REFERENCE_SEED = 0x5EED  # of the rendered scenes that the Frechet distance compares with
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) between Gaussians fitted to features [n, d] and [m, d].
-
-    Heusel et al., GANs Trained by a Two Time-Scale Update Rule, eq. 6. Raises ValueError for fewer than two rows.
-    """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Frechet distance needs two pictures or more on each side, got {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # S_a S_b is similar to a positive semi-definite matrix: real, non-negative eigenvalues but for rounding.
-    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, distance.item())
-
-
-@torch.no_grad()
-def features(judge: Judge, pictures: Tensor) -> Tensor:
-    """The judge's pooled features [B, 96] of pictures [B, 3, 128, 128] in [-1, 1]."""
-    return torch.cat([judge(part)[1] for part in pictures.split(64)])
-
-
-def rendered(captions: list[Caption], seed: int) -> Tensor:
-    """One fresh scene for each caption."""
-    generators = (np.random.default_rng([seed, index]) for index in range(len(captions)))
-    pairs = zip(captions, generators, strict=True)
-    return torch.stack([to_tensor(render(place(caption, rng), rng)) for caption, rng in pairs])
-
-
-def drawn_captions(seed: int, count: int) -> list[Caption]:
-    """Captions of one and of two objects in turn, held-out pairs of shape and colour as often as chance has them."""
-    return [
-        draw_caption(np.random.default_rng([seed, 7, index]), objects=1 + index % 2, held_out=None)
-        for index in range(count)
-    ]
-
-
-def read_captions(file: Path) -> list[Caption]:
-    """One caption a line; blank lines are skipped. Raises ValueError naming file and line."""
-    captions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                captions.append(parse_caption(line))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from error
-    if not captions:
-        raise ValueError(f"{file} holds no captions; expected one a line, e.g. 'a large red star'")
-    return captions
-
-
-def score(judge: Judge, pictures: Tensor, captions: list[Caption]) -> dict[str, float]:
-    """Attribute accuracy (all, one object, two, held-out pairs; those that occur) and the Frechet distance."""
-    parts = zip(pictures.split(64), (captions[i : i + 64] for i in range(0, len(captions), 64)), strict=True)
-    right = torch.cat([judge.right(images, wanted) for images, wanted in parts]).double()
-    single = torch.tensor([len(caption.things) == 1 for caption in captions])
-    held_out = torch.tensor([caption.held_out for caption in captions])
-    groups = {"": torch.ones_like(single), "_one_object": single, "_two_objects": ~single, "_held_out": held_out}
-    result = {f"attribute_accuracy{name}": right[mask].mean().item() for name, mask in groups.items() if mask.any()}
-    repeated = (captions * (1 + REFERENCE_SCENES // len(captions)))[: max(REFERENCE_SCENES, len(captions))]
-    reference = features(judge, rendered(repeated, REFERENCE_SEED))
-    return result | {"frechet_distance": frechet_distance(features(judge, pictures), reference)}
+SCORES = ("inception", "clip")
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
 class Request:
     """What to draw and to score; the command's flags."""
 
-    model: str  # a name of NAMED, a folder, or "renders" and "reconstructions", which bound what a model can reach
+    model: str  # a name of NAMED, a folder, a file, or "renders" and "reconstructions", which bound what can be reached
+    protocol: str = "embedded"
     sampler: str = "splam"
     steps: int = 4
     guidance_scale: float = 1.0  # w; 1 is none
-    num_images: int = 512
+    num_images: int | None = None  # None: the protocol's
     seed: int = 0  # of captions and noise
     prompts: Path | None = None
-    output_dir: Path | None = None  # keeps the pictures
+    output_dir: Path | None = None  # keeps the pictures, and lets a run go on
     batch_size: int = 64
+    image_size: int | None = None  # px; None: the protocol's
     device: str = "cpu"
+    dtype: str = "fp32"
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    gamma_embedding: str = "splam"  # what a cond_proj in the checkpoint was trained to be told; see fold_gamma
+    shard: tuple[int, int] | None = None  # (i, n): draw every n-th batch from the i-th on, and do not score
+    scores: tuple[str, ...] = SCORES  # of the protocols that are not embedded
+    reference: Path | None = None  # folder, or .npz
+    save_reference: Path | None = None
+    inception_weights: Path | None = None
+    clip_model: str = "ViT-g-14"
+    clip_pretrained: str = "laion2b_s12b_b42k"
+    clip_weights: Path | None = None
+    curves: int = 0  # pictures for endpoint error and delta; 0: neither
+    teacher: str = "embedded-teacher"  # whose paths the endpoint error follows
+    teacher_guidance_scale: float = 3.0
+    label: str | None = None  # the method's name in tables
 
 
-def evaluate(request: Request) -> dict:
-    """The scores of a request. Raises ValueError or FileNotFoundError for one that cannot be met."""
-    if request.num_images < 2:
-        raise ValueError(f"--num-images must be 2 or more, got {request.num_images}")
-    captions = read_captions(request.prompts) if request.prompts else drawn_captions(request.seed, request.num_images)
-    captions = [captions[index % len(captions)] for index in range(request.num_images)]
-    judge = load_judge(ASSETS / "judge.safetensors")
-    pictures, evaluations = draw(request, captions)
-    if request.output_dir:
-        request.output_dir.mkdir(parents=True, exist_ok=True)
-        for index, (picture, caption) in enumerate(zip(to_images(pictures), captions, strict=True)):
-            picture.save(request.output_dir / f"{index:05d} {caption}.png")
-    return score(judge, pictures, captions) | {
-        "images": len(captions),
-        "unet_evaluations_per_image": evaluations,
-        "seed": request.seed,
-        "model": request.model,
-        "sampler": request.sampler,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-    }
+def evaluate(request: Request) -> dict | None:
+    """The scores of a request, or None from a process that only draws its share of the pictures.
+
+    Raises ValueError, FileNotFoundError or TimeoutError for a request that cannot be met.
+    """
+    check(request)
+    scored = request.num_images != 0
+    result: dict = {}
+    drawn = None
+    if scored:
+        captions = protocol_captions_of(request)
+        drawn = draw(request, captions)
+        if not drawn.complete:
+            return None
+        score = embedded_scores if request.protocol == "embedded" else full_scores
+        result |= score(request, drawn, captions)
+        result |= {
+            "images": len(captions),
+            "unet_evaluations_per_image": drawn.evaluations,
+            "seconds_per_image": drawn.seconds_per_image,
+        }
+    if request.curves:
+        pipeline = drawn.pipeline if drawn else load_model(request)
+        result |= measure_curves(request, pipeline)
+    described = ("seed", "model", "sampler", "steps", "guidance_scale", "protocol", "batch_size", "device", "dtype")
+    result |= {name: getattr(request, name) for name in described}
+    result |= {"image_size": size_of(request), "lora": str(request.lora) if request.lora else None}
+    result.setdefault("unet_evaluations_per_image", unet_evaluations(request.steps, request.guidance_scale))
+    return result | ({"label": request.label} if request.label else {})
 
 
-def draw(request: Request, captions: list[Caption]) -> tuple[Tensor, int]:
-    """A picture [B, 3, 128, 128] for each caption, and the UNet evaluations that each took."""
-    if request.model == "renders":
-        return rendered(captions, request.seed), 0
-    if request.model == "reconstructions":
-        pipeline = load_pipeline(EMBEDDED, request.device)
-        images = rendered(captions, request.seed).split(request.batch_size)
-        with torch.no_grad():
-            latents = torch.cat([pipeline.vae.encode(part.to(pipeline.device)).latent_dist.mean for part in images])
-        return pipeline.decode(latents * pipeline.vae.config.scaling_factor).cpu(), 0
-    pipeline = load_pipeline(request.model, request.device)
-    seeds = range(request.seed * 1_000_003, request.seed * 1_000_003 + len(captions))
-    prompts = [str(caption) for caption in captions]
-    latents = generate(
-        pipeline, prompts, seeds, request.sampler, request.steps, request.guidance_scale, request.batch_size
-    )
-    evaluations = unet_evaluations(request.steps, request.guidance_scale)
-    return pipeline.decode(latents.to(pipeline.device)).cpu(), evaluations
+def check(request: Request) -> None:
+    """What can be said of a request before anything is drawn, or loaded."""
+    if request.num_images is not None and request.num_images < 2 and not (request.num_images == 0 and request.curves):
+        raise ValueError(f"--num-images must be 2 or more (0 with --curves), got {request.num_images}")
+    if request.batch_size < 1:
+        raise ValueError(f"--batch-size must be 1 or more, got {request.batch_size}")
+    if request.sampler in ("splam", "lcm"):
+        few_step_timesteps(request.steps)
+    if request.model in SCENE_SOURCES:
+        if request.protocol != "embedded" or request.curves:
+            raise ValueError(f"--model {request.model} is of --protocol embedded, without --curves")
+    else:
+        resolve(request.model)
+    if request.protocol == "embedded" or request.num_images == 0:
+        return
+    fetch = PROTOCOLS[request.protocol].fetch
+    judged = () if request.shard else request.scores
+    if request.prompts is None or ("inception" in judged and request.reference is None):
+        raise FileNotFoundError(f"--protocol {request.protocol} needs --captions and --reference. {fetch}")
+    if request.output_dir is None:
+        raise ValueError(f"--protocol {request.protocol} needs --output-dir, where its pictures are kept")
+    if "inception" in judged:
+        inception_weights(request.inception_weights)
+        if not request.reference.exists():
+            raise FileNotFoundError(f"--reference {request.reference} is not there. {fetch}")
+    if "clip" in judged and not request.clip_model.startswith("local-dir:") and not request.clip_weights:
+        clip_weights(request.clip_model, request.clip_pretrained)
 
 
-def main() -> int:
+def protocol_captions_of(request: Request) -> list:
+    """A caption for each picture: text, or of the embedded protocol Caption."""
+    if request.protocol != "embedded":
+        return protocol_captions(request.protocol, request.prompts, request.num_images)
+    count = request.num_images or PROTOCOLS["embedded"].images
+    if request.prompts is None:
+        return drawn_captions(request.seed, count)
+    captions = read_scene_captions(request.prompts)
+    return [captions[index % len(captions)] for index in range(count)]
+
+
+def embedded_scores(request: Request, drawn: Drawn, captions: list) -> dict:
+    return scores_of(tuple(captions))(drawn.read())
+
+
+def full_scores(request: Request, drawn: Drawn, captions: list[str]) -> dict:
+    """FID and its kin, and the CLIP score, of the pictures of a folder."""
+    files, scores = drawn.files(), {}
+    if "inception" in request.scores:
+        network = load_inception(request.inception_weights, request.device)
+        size = PROTOCOLS[request.protocol].score_size
+        if request.reference.is_dir():
+            reference = ReferenceSet.of(inception_features(image_files(request.reference), network, size))
+        else:
+            reference = ReferenceSet.read(request.reference)
+        if request.save_reference:
+            reference.save(request.save_reference)
+        scores |= inception_scores(inception_features(files, network, size), reference)
+        scores["reference_images"] = None if reference.features is None else len(reference.features)
+    if "clip" in request.scores:
+        clip = load_clip(request.clip_model, request.clip_pretrained, request.clip_weights, request.device)
+        scores |= {"clip_score": clip_score(files, captions, clip), "clip_model": clip.name}
+    return scores
+
+
+def parser() -> argparse.ArgumentParser:
+    defaults = Request("")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="embedded")
-    parser.add_argument(
-        "--model", required=True, help=f"{', '.join(NAMED)}, a folder, or 'renders' or 'reconstructions' (the ceilings)"
-    )
-    parser.add_argument("--sampler", choices=SAMPLERS, default="splam")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="w; 1 is none, anything else costs two evaluations a step"
-    )
-    parser.add_argument("--num-images", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
-    parser.add_argument("--prompts", type=Path, help="captions, one a line, repeated until there are --num-images")
-    parser.add_argument("--output-dir", type=Path, help="keep the pictures here, named after their captions")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where the scores go; they are printed in any case")
-    options = vars(parser.parse_args())
-    file, _ = options.pop("json"), options.pop("protocol")
+
+    def flag(group, name: str, help: str, *also: str, **options) -> None:
+        destination = name.replace("-", "_")
+        default = getattr(defaults, destination, None)
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(f"--{name}", *also, dest=destination, default=default, help=help + shown, **options)
+
+    model = parser.add_argument_group("the model and how it is sampled")
+    named = f"{', '.join(NAMED)}, a diffusers or UNet folder, a single file, a Hub id in the cache, "
+    flag(model, "model", named + "or 'renders' or 'reconstructions' (the embedded protocol's ceilings)")
+    flag(model, "lora", "merged into the model: a .safetensors file, or a folder", type=Path)
+    flag(model, "lora-scale", "its strength", type=float)
+    flag(model, "gamma-embedding", "what a cond_proj of the checkpoint is told: splam, zero, or LCM's guidance_scale")
+    flag(model, "sampler", "dpm-solver++, unipc and lcm are diffusers' schedulers", choices=SAMPLERS)
+    flag(model, "steps", "of the sampler", type=int)
+    flag(model, "guidance-scale", "w; 1 is none, anything else costs two evaluations a step", type=float)
+    flag(model, "dtype", "of the weights", choices=DTYPES)
+    flag(model, "label", "the method's name in tables")
+
+    what = parser.add_argument_group("what is drawn")
+    flag(what, "protocol", "presets of the numbers of pictures, sizes and scores", choices=PROTOCOLS)
+    flag(what, "num-images", "the protocol's when left out; another number is a trial", type=int)
+    flag(what, "image-size", "px; the protocol's when left out", type=int)
+    flag(what, "prompts", "captions, one a line, or COCO's annotations (.json)", "--captions", type=Path)
+    flag(what, "seed", "of captions and noise", type=int)
+    flag(what, "batch-size", "pictures at a time; latencies are of this batch", type=int)
+    flag(what, "output-dir", "keep the pictures here; a run that was stopped goes on", type=Path)
+    flag(what, "shard", "I/N: draw the I-th (from 0) of N shares and do not score", type=_shard, metavar="I/N")
+    what.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    how = parser.add_argument_group("scores")
+    flag(how, "scores", "of the full-size protocols", nargs="+", choices=SCORES)
+    flag(how, "reference", "folder of real pictures, or an .npz file with mu and sigma", type=Path)
+    flag(how, "save-reference", "write the reference's statistics and features to this .npz file", type=Path)
+    flag(how, "inception-weights", "torch-fidelity's; found in the cache when left out", type=Path)
+    flag(how, "clip-model", "open_clip's name, or local-dir:FOLDER")
+    flag(how, "clip-pretrained", "open_clip's tag of the weights")
+    flag(how, "clip-weights", "their file; found in the cache when left out", type=Path)
+    how.add_argument(
+        "--curves", type=int, nargs="?", const=128, default=0, metavar="N",
+        help="endpoint error and delta(t, 20) on N pictures (128); --num-images 0 leaves the other scores out",
+    )  # fmt: skip
+    flag(how, "teacher", "whose guided paths the endpoint error follows")
+    flag(how, "teacher-guidance-scale", "w of those paths", type=float)
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, help="where the scores go; they are printed in any case")
+    out.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="set results side by side; draws nothing")
+    out.add_argument("--markdown", type=Path, help="the comparison as tables; printed in any case")
+    out.add_argument("--plots", type=Path, metavar="DIR", help="the comparison as plots")
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N-1, got {text!r}")
+    return int(index), int(count)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = parser()
+    options = vars(command.parse_args(arguments))
+    file, compared, markdown, plots = (options.pop(name) for name in ("json", "compare", "markdown", "plots"))
     try:
-        result = evaluate(Request(**options))
-    except (ValueError, FileNotFoundError) as error:
+        if compared:
+            results = report.read_results(compared)
+        elif options["model"] is None:
+            command.error("--model says what to score; --compare sets results side by side")
+        else:
+            options["scores"] = tuple(options["scores"])
+            result = evaluate(Request(**options))
+            if result is None:
+                print("this share is drawn; run without --shard to score")
+                return 0
+            text = json.dumps(result, indent=2)
+            if file:
+                report.write(file, text + "\n")
+            print(text)
+            results = [result]
+        if compared or markdown:
+            tables = report.markdown(results)
+            if markdown:
+                report.write(markdown, tables)
+            if compared:
+                print(tables)
+        if plots:
+            for plot in report.save_plots(results, plots):
+                print(plot)
+    except (ValueError, FileNotFoundError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = json.dumps(result, indent=2)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    print(text)
     return 0
 
 

@@ -1,36 +1,62 @@
-"""The finished student on disk: a diffusers pipeline folder, and one single-file checkpoint without any gamma key."""
+"""Turn a model into another form of itself.
+
+    python training/export.py SOURCE --to diffusers|single-file|lora --output PATH
+
+SOURCE: a checkpoint folder of training/distill.py, its output folder, a diffusers folder, a UNet folder (with --base),
+a single .safetensors file, a LoRA (with --base), a preset or a Hub id. Weights that embed gamma or an LCM's guidance
+are folded: the result is plain Stable Diffusion. What is only renamed stays the same to the bit.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+if __package__ in (None, ""):  # run by path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "training"
+
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
 
-from splam_core.checkpoint import diffusers_to_ldm, load_file, save_file
+from splam_core import load_file, lora_to_kohya, read_metadata, save_file
+from training.model_files import ModelFiles, model_spec, read_model, write_folder, write_single_file
+from training.networks import merged
+from training.pipeline import Pipeline
+from training.teachers import resolve
 
-from .config import Config
-from .pipeline import Pipeline
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMS = ("diffusers", "single-file", "lora")
 
 
 def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
     """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    StableDiffusionPipeline(
-        vae=copy.deepcopy(pipeline.vae),
-        text_encoder=copy.deepcopy(pipeline.text_encoder),
-        tokenizer=pipeline.tokenizer,
-        unet=copy.deepcopy(unet),
-        # The schedule is the teacher's; `StableDiffusionPipeline` then samples the student as it should.
-        scheduler=LCMScheduler.from_config(pipeline.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=dtype).save_pretrained(partial)
+    parts = {
+        "vae": copy.deepcopy(pipeline.vae),
+        "text_encoder": copy.deepcopy(pipeline.text_encoder),
+        "tokenizer": pipeline.tokenizer,
+        "unet": copy.deepcopy(unet),
+        # The schedule is the teacher's; the stock pipelines then sample the student as they should.
+        "scheduler": LCMScheduler.from_config(pipeline.scheduler_config),
+    }
+    if pipeline.text_encoder_2 is not None:
+        second = {"text_encoder_2": copy.deepcopy(pipeline.text_encoder_2), "tokenizer_2": pipeline.tokenizer_2}
+        whole = StableDiffusionXLPipeline(
+            **parts, **second, force_zeros_for_empty_prompt=pipeline.zeros_for_empty, add_watermarker=False
+        )
+    else:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        whole = StableDiffusionPipeline(**parts, **nothing)
+    whole.to(dtype=dtype).save_pretrained(partial)
     drop_paths(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -44,35 +70,249 @@ def drop_paths(folder: Path) -> None:
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_single_file(folder: Path, file: Path, config: Config) -> None:
-    """A pipeline folder as one LDM-style .safetensors file with ModelSpec metadata.
+def read_source(
+    source: str, base: str | None, embedded: str | float, role: str, revision: str | None = None
+) -> tuple[ModelFiles, dict[str, Tensor] | None, float]:
+    """(model with nothing left to fold, its LoRA under peft's names if it is one, that LoRA's alpha/rank).
 
-    The configurations of the parts ride along as JSON, since shapes do not tell the number of attention heads.
+    Raises ValueError or FileNotFoundError naming what is missing.
     """
-    state_dict = diffusers_to_ldm(
-        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
-        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),
-        load_file(folder / "text_encoder" / "model.safetensors"),
-    )
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    metadata = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
-        "modelspec.implementation": "sgm",
-        "modelspec.title": config.name,
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(scheduler["prediction_type"], "epsilon"),
-        "splam.method": config.method,
-        "splam.skip": str(config.skip),
-        "splam.solver_skip": str(config.solver_skip),
-        "splam.guidance_scale": str(config.guidance_scale),
-        "splam.teacher": config.teacher,
+    place = Path(source)
+    if (place / "state.json").is_file():
+        return _read_checkpoint(place, base, role)
+    place = resolve(source, revision)
+    if place.is_file() and _is_lora(place):
+        if base is None:
+            raise ValueError(f"{place} is a LoRA: name the model that it changes with --base")
+        model = _lcm_schedule(read_model(resolve(base)).folded(embedded))
+        return replace(model, unet=apply_kohya(model.unet, load_file(place), place)), None, 1.0
+    model = read_model(place)
+    had_projection = any("cond_proj" in key for key in model.unet)
+    model = model.folded(embedded)
+    if base is not None and not (model.vae and model.texts):
+        rest = read_model(resolve(base))
+        configs = {**rest.configs, "unet": model.configs["unet"]}
+        model = replace(rest, unet=model.unet, configs=configs)
+    return (_lcm_schedule(model) if had_projection else model), None, 1.0
+
+
+def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFiles, dict[str, Tensor] | None, float]:
+    """A checkpoint-N or `best` folder: the role's weights on the teacher that state.json names."""
+    config = json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]
+    file = next((f for f in (folder / f"{role}.safetensors", folder / "student.safetensors") if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder}: expected {role}.safetensors, found {sorted(f.name for f in folder.iterdir())}")
+    weights = {key: weight for key, weight in load_file(file).items() if "cond_proj" not in key}  # zero at gamma = 1
+    model = _lcm_schedule(read_model(resolve(base or config["teacher"])))
+    if not config["lora"]:
+        return replace(model, unet=weights), None, 1.0
+    scale = (config["lora_alpha"] or config["lora_rank"]) / config["lora_rank"]
+    unet = merged({key: weight.float() for key, weight in model.unet.items()}, weights, scale)
+    return replace(model, unet=unet), weights, scale
+
+
+def _lcm_schedule(model: ModelFiles) -> ModelFiles:
+    """With the scheduler that samples a few-step model as it should, on the same noise schedule."""
+    scheduler = json.loads(LCMScheduler.from_config(model.configs["scheduler"]).to_json_string())
+    return replace(model, configs={**model.configs, "scheduler": scheduler})
+
+
+def _is_lora(file: Path) -> bool:
+    keys = load_file(file).keys() if file.stat().st_size < 1 << 20 else _keys(file)
+    return any("lora" in key or key.endswith((".diff", ".diff_b")) for key in keys)
+
+
+def _keys(file: Path) -> list[str]:
+    import safetensors
+
+    with safetensors.safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+def apply_kohya(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A diffusers UNet's state dict plus a LoRA under kohya's, peft's or diffusers' names; fp32.
+
+    Keys of text encoders are refused, since they would be lost.
+    """
+    lora = lora_to_kohya(lora, adapters=None)
+    result = {key: weight.float() if weight.is_floating_point() else weight for key, weight in unet.items()}
+    modules = {"lora_unet_" + key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in unet}
+    for key, weight in lora.items():
+        name, _, role = key.partition(".")
+        if name not in modules:
+            raise ValueError(f"{file}: the key {key!r} belongs to no module of the base's UNet")
+        module = modules[name]
+        if role == "lora_down.weight":
+            up, rank = lora[f"{name}.lora_up.weight"].double(), weight.shape[0]
+            alpha = float(lora.get(f"{name}.alpha", torch.tensor(float(rank))))
+            delta = (up.flatten(1) @ weight.double().flatten(1)) * (alpha / rank)
+        elif role in ("diff", "diff_b"):
+            delta = weight.double()
+        else:
+            continue
+        target = f"{module}.{'bias' if role == 'diff_b' else 'weight'}"
+        result[target] = (result[target].double() + delta.reshape(result[target].shape)).float()
+    return result
+
+
+def extract_lora(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The LoRA (peft's names, alpha = rank) nearest to tuned - base: a truncated SVD of every matrix and kernel.
+
+    Biases and norms, which have no low rank, go in whole as .diff_b and .diff. At full rank it is exact.
+    Raises ValueError for UNets of different shapes.
+    """
+    if tuned.keys() != base.keys():
+        different = sorted(tuned.keys() ^ base.keys())
+        raise ValueError(f"--base is another architecture: {len(different)} keys differ, the first {different[0]}")
+    lora: dict[str, Tensor] = {}
+    for key, weight in tuned.items():
+        if weight.shape != base[key].shape:
+            raise ValueError(f"--base is another architecture: {key} is {tuple(base[key].shape)} there")
+        difference = weight.float() - base[key].float()
+        if not difference.any():
+            continue
+        module, _, kind = key.rpartition(".")
+        if kind == "bias":
+            lora[f"{module}.diff_b"] = difference
+        elif difference.ndim < 2:
+            lora[f"{module}.diff"] = difference
+        else:
+            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+            kept = min(rank, len(s))
+            root = s[:kept].sqrt()
+            down = (root[:, None] * v[:kept]).reshape(kept, *difference.shape[1:])
+            up = (u[:, :kept] * root).reshape(len(u), kept, *[1] * (difference.ndim - 2))
+            lora |= {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
+    return lora
+
+
+def save_lora(
+    lora: Mapping[str, Tensor],
+    file: Path,
+    model: ModelFiles,
+    scale: float,
+    dtype: torch.dtype,
+    title: str,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """A LoRA under kohya's names, which every host loads. scale: alpha/rank."""
+    ranks = {key: w.shape[0] for key, w in lora.items() if key.endswith("lora_A.weight")}
+    kohya = lora_to_kohya({key: weight.to(dtype).contiguous() for key, weight in lora.items()})
+    for key, weight in kohya.items():
+        if key.endswith(".alpha"):
+            kohya[key] = weight * scale
+    rank = max(ranks.values(), default=0)
+    metadata = model_spec(model, title, "/lora") | dict(more or {})
+    metadata |= {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank * scale),
+        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[model.family],
+        "ss_v2": str(model.family == "sd2"),
     }
-    for part, name in (
-        ("unet", "config"),
-        ("vae", "config"),
-        ("text_encoder", "config"),
-        ("scheduler", "scheduler_config"),
-    ):
-        settings = json.loads((folder / part / f"{name}.json").read_text(encoding="utf-8"))
-        metadata[f"splam.{part}"] = json.dumps(settings)
-    save_file(state_dict, file, metadata)
+    save_file(kohya, file, metadata)
+
+
+def export(options: argparse.Namespace) -> Path:
+    """What the command does. Raises ValueError or FileNotFoundError for what cannot be done."""
+    embedded = "splam" if options.embedded_guidance is None else options.embedded_guidance
+    if options.embedded_guidance == 1:
+        embedded = "splam"
+    model, lora, scale = read_source(options.source, options.base, embedded, options.role, options.revision)
+    dtype, output = options.dtype and DTYPES[options.dtype], Path(options.output)
+    if options.to == "lora":
+        if lora is None:
+            if options.base is None:
+                raise ValueError("--to lora needs --base, the model that the LoRA is to change")
+            lora, scale = extract_lora(model.unet, read_model(resolve(options.base)).unet, options.rank), 1.0
+        _require_safetensors(output)
+        save_lora(lora, output, model, scale, dtype or torch.float16, output.stem, _kept_metadata(options.source))
+        return output
+    if dtype:
+        model = model.cast(dtype)
+    model = replace(
+        model,
+        vae={} if options.without_vae else model.vae,
+        texts=[] if options.without_text_encoder else model.texts,
+        configs={
+            part: settings
+            for part, settings in model.configs.items()
+            if not (options.without_vae and part == "vae")
+            and not (options.without_text_encoder and part.startswith("text_encoder"))
+        },
+    )
+    if options.to == "diffusers":
+        if not model.vae or not model.texts:
+            raise ValueError(
+                "a diffusers pipeline needs a VAE and text encoders: give --base for what SOURCE lacks, and leave "
+                "--without-vae and --without-text-encoder out"
+            )
+        if output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir()):
+            raise ValueError(f"{output} exists and is no diffusers folder: name another --output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(model, output)
+        return output
+    _require_safetensors(output)
+    write_single_file(model, output, output.stem, _kept_metadata(options.source))
+    return output
+
+
+def _kept_metadata(source: str) -> dict[str, str]:
+    """What the source says of its making."""
+    place = Path(source)
+    kept = (
+        "splam.method",
+        "splam.skip",
+        "splam.solver_skip",
+        "splam.guidance_scale",
+        "splam.teacher",
+        "splam.teacher_hash",
+    )
+    if (place / "state.json").is_file():
+        config = json.loads((place / "state.json").read_text(encoding="utf-8"))["config"]
+        return {key: str(config[key[6:]]) for key in kept if key[6:] in config}
+    if place.suffix == ".safetensors" and place.is_file():
+        return {key: value for key, value in read_metadata(place).items() if key in kept}
+    return {}
+
+
+def _require_safetensors(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output {output}: expected the name of a .safetensors file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("source", metavar="SOURCE")
+    result.add_argument("--to", required=True, choices=FORMS)
+    result.add_argument("--output", required=True, help="a folder for diffusers, else a .safetensors file")
+    result.add_argument("--base", help="the model that a LoRA changes, or that lends what a UNet alone lacks")
+    result.add_argument("--dtype", choices=sorted(DTYPES), help="cast to it (default: as the source; a LoRA fp16)")
+    result.add_argument("--rank", type=int, default=64, help="of an extracted LoRA (default: 64)")
+    result.add_argument(
+        "--embedded-guidance", type=float,
+        help="the guidance scale to fold into an LCM checkpoint, 8.5 in its own pipeline; 1 (default) is SPLAM's",
+    )  # fmt: skip
+    result.add_argument("--role", choices=("target", "release", "student"), default="target", help="of a checkpoint")
+    result.add_argument("--without-vae", action="store_true", help="leave it out of a single file")
+    result.add_argument("--without-text-encoder", action="store_true", help="leave it out of a single file")
+    result.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    names = [(action, name) for action in result._actions for name in action.option_strings if "-" in name[2:]]
+    for action, name in names:
+        result._option_string_actions["--" + name[2:].replace("-", "_")] = action
+    return result
+
+
+def main() -> int:
+    options = parser().parse_args()
+    try:
+        print(export(options))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

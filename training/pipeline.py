@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,31 +10,60 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from splam_core import NoiseSchedule
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = ASSETS / "embedded"
-NAMED = {"embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
+NAMED = {"embedded": EMBEDDED, "embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
+
+Conditioning = dict[str, Tensor]
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+
+
+def unet_arguments(conditioning: Conditioning, dtype: torch.dtype | None = None) -> dict:
+    """A flat conditioning as keyword arguments of UNet2DConditionModel; text_embeds and time_ids are SDXL's."""
+    # Sizes in pixels stay as they are: bf16 would round them.
+    flat = {key: v if dtype is None or key == "time_ids" else v.to(dtype) for key, v in conditioning.items()}
+    embeds = flat.pop("encoder_hidden_states")
+    return {"encoder_hidden_states": embeds, **({"added_cond_kwargs": flat} if flat else {})}
 
 
 @dataclass
 class Pipeline:
+    """SD1.x and SD2.x have one text encoder, SDXL has two. The encoders may sit on another device than the UNet."""
+
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
     scheduler_config: dict  # diffusers' scheduler_config.json, which `schedule` was read from
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zeros_for_empty: bool = False  # what SDXL's guidance takes for no prompt
+    source: str = ""  # what was asked for
 
     @property
     def prediction_type(self) -> str:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
+    def family(self) -> str:
+        """ "sd1", "sd2" or "sdxl"; narrow models count as sd1."""
+        if self.text_encoder_2 is not None:
+            return "sdxl"
+        return "sd2" if self.unet.config.cross_attention_dim == 1024 else "sd1"
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent's side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -41,54 +71,155 @@ class Pipeline:
         return (self.unet.config.in_channels, size, size)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        """[B, 77, C], padded with the end token as Stable Diffusion does."""
-        tokens = self.tokenizer(
+    def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """Flat UNet arguments of B prompts: "encoder_hidden_states" [B, 77, C], padded as Stable Diffusion does.
+
+        SDXL adds "text_embeds" [B, C2] and "time_ids" [B, 6]: size (height, width in pixels; None: the model's own)
+        as original and target size, no crop.
+        """
+        if self.text_encoder_2 is None:
+            hidden = self.text_encoder(self._tokens(self.tokenizer, self.text_encoder, prompts)).last_hidden_state
+            return {"encoder_hidden_states": hidden.to(self.device)}
+        first = self.text_encoder(
+            self._tokens(self.tokenizer, self.text_encoder, prompts), output_hidden_states=True
+        ).hidden_states[-2]
+        second = self.text_encoder_2(
+            self._tokens(self.tokenizer_2, self.text_encoder_2, prompts), output_hidden_states=True
+        )
+        height, width = size or [side * self.vae_scale for side in self.latent_shape[1:]]
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=first.dtype, device=self.device)
+        return {
+            "encoder_hidden_states": torch.cat([first, second.hidden_states[-2]], dim=-1).to(self.device),
+            "text_embeds": second.text_embeds.to(self.device),
+            "time_ids": ids.expand(len(prompts), -1),
+        }
+
+    def unconditional(self, size: tuple[int, int] | None = None) -> Conditioning:
+        """What guidance calls no prompt, [1, ...]: the empty prompt, or zeros where the model says so (SDXL)."""
+        empty = self.encode([""], size)
+        if not self.zeros_for_empty:
+            return empty
+        return {key: value if key == "time_ids" else torch.zeros_like(value) for key, value in empty.items()}
+
+    def _tokens(self, tokenizer: CLIPTokenizer, text_encoder: torch.nn.Module, prompts: list[str]) -> Tensor:
+        tokens = tokenizer(
             prompts,
             padding="max_length",
             truncation=True,
-            max_length=self.text_encoder.config.max_position_embeddings,
+            max_length=text_encoder.config.max_position_embeddings,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
+        return tokens.input_ids.to(text_encoder.device)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, batch_size: int = 16) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, 4, H/8, W/8] of unit scale (the posterior's mean)."""
+        parts = images.to(self.vae.device, self.vae.dtype).split(batch_size)
+        encoded = torch.cat([self.vae.encode(part).latent_dist.mean for part in parts])
+        return (encoded * self.vae.config.scaling_factor).to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
         """Latents [B, 4, h, w] of unit scale to pictures [B, 3, 8h, 8w] in [-1, 1]."""
+        latents = latents.to(self.vae.device, self.vae.dtype)
         parts = (latents / self.vae.config.scaling_factor).split(batch_size)
         return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Move VAE and text encoders, which cached data do not need; the UNet stays."""
+        for part in (self.vae, self.text_encoder, self.text_encoder_2):
+            if part is not None:
+                part.to(device)
+
+    def fingerprint(self) -> str:
+        """Hash of the VAE's and the text encoders' weights: equal ones make equal latents and embeddings."""
+        return weights_hash(self.vae, self.text_encoder, self.text_encoder_2)
+
+
+def weights_hash(*modules: torch.nn.Module | None) -> str:
+    """SHA-256 (16 digits of it) over names, shapes and values; dtypes that hold the same numbers hash alike."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in sorted((module.state_dict() if module is not None else {}).items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
 
 def load_pipeline(
-    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    download: bool = False,
+    unet_dtype: torch.dtype | None = None,
 ) -> Pipeline:
-    """A diffusers pipeline folder, a finished run's folder, a UNet folder, or a name of NAMED.
+    """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
 
-    What a UNet folder lacks is taken from the embedded pipeline.
-
-    Raises FileNotFoundError if there is no such model. Reads safetensors only.
+    What a UNet folder lacks is taken from the embedded pipeline. Nothing is downloaded unless asked; safetensors only.
+    Raises FileNotFoundError if there is no such model, ValueError for one of another kind.
     """
-    folder = NAMED.get(str(model), Path(model))
+    from .teachers import resolve  # which needs the names above
+
+    place = resolve(str(model), revision, download)
+    if place.is_file():
+        from .single_file import load_single_file
+
+        pipeline = load_single_file(place, dtype)
+    else:
+        pipeline = _load_folder(place, dtype)
+    pipeline.source = str(model)
+    if unet_dtype is not None:  # before it goes to the device
+        pipeline.unet.to(unet_dtype)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        part = getattr(pipeline, name)
+        if part is not None:
+            setattr(pipeline, name, part.to(device).eval().requires_grad_(False))
+    pipeline.schedule = pipeline.schedule.to(device)
+    return pipeline
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
         folder = folder / "pipeline"
-    unet = folder if (folder / "diffusion_pytorch_model.safetensors").is_file() else folder / "unet"
+    unet = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "unet"
     if not (unet / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
-            f"which training/distill.py finished, a UNet folder (with config.json and "
-            f"diffusion_pytorch_model.safetensors), or one of {', '.join(NAMED)}"
+            f"which training/distill.py finished, or a UNet folder (with config.json and {WEIGHTS[0]})"
         )
     rest = folder if (folder / "vae").is_dir() else EMBEDDED
-    options = {"torch_dtype": dtype, "use_safetensors": True}
-    scheduler = json.loads((rest / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    parts = (
-        UNet2DConditionModel.from_pretrained(unet, **options),
-        AutoencoderKL.from_pretrained(rest, subfolder="vae", **options),
-        CLIPTextModel.from_pretrained(rest, subfolder="text_encoder", **options),
-    )
+    index = _json(rest / "model_index.json")
+    scheduler = _json(rest / "scheduler" / "scheduler_config.json")
+    two = (rest / "text_encoder_2").is_dir()
     return Pipeline(
-        *(part.to(device).eval().requires_grad_(False) for part in parts),
-        CLIPTokenizer.from_pretrained(rest, subfolder="tokenizer"),
-        NoiseSchedule.from_config(scheduler).to(device),
+        _load(UNet2DConditionModel, unet, dtype),
+        _load(AutoencoderKL, rest / "vae", dtype),
+        _load(CLIPTextModel, rest / "text_encoder", dtype),
+        CLIPTokenizer.from_pretrained(rest / "tokenizer"),
+        NoiseSchedule.from_config(scheduler),
         scheduler,
+        _load(CLIPTextModelWithProjection, rest / "text_encoder_2", dtype) if two else None,
+        CLIPTokenizer.from_pretrained(rest / "tokenizer_2") if two else None,
+        bool(two and index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _load(kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """One part; of a folder that holds fp16 weights alone, those."""
+    plain, half = (
+        ("model.safetensors", "model.fp16.safetensors") if kind.__module__.startswith("transformers") else WEIGHTS
+    )
+    shards = [f"{plain}.index.json", plain]
+    variant = "fp16" if (folder / half).is_file() and not any((folder / name).is_file() for name in shards) else None
+    if variant is None and not any((folder / name).is_file() for name in shards):
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors weights: expected {plain} or {half}, found "
+            f"{sorted(file.name for file in folder.glob('*')) or 'nothing'}. Pickles (.bin) are not read: fetch the "
+            f"model's safetensors files."
+        )
+    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
+
+
+def _json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

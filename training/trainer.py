@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
+import gc
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +21,6 @@ from splam_core import (
     Denoiser,
     Objective,
     add_noise,
-    ema_update,
     gamma_embedding,
     l2,
     predict_epsilon,
@@ -33,14 +29,35 @@ from splam_core import (
     subpath_for,
 )
 
+from .checkpoints import (
+    WRITE_ERRORS,
+    explain_write_error,
+    finish_folder,
+    latest_checkpoint,
+    read_checkpoint,
+    rotate,
+    start_folder,
+    write_optimizer,
+    write_weights,
+)
 from .config import Config
-from .data import SceneLatents, draws
+from .data import draws, open_data
 from .generate import guided_output
-from .pipeline import Pipeline
+from .networks import (
+    GAMMA_DIM,
+    FullNetworks,
+    LoraNetworks,
+    gamma_conditioning,
+    load_weights,
+    update_averages,
+)
+from .optimizers import build_optimizer
+from .pipeline import Conditioning, Pipeline, unet_arguments
+from .validation import Score, Validation
 
-GAMMA_DIM = 256
 GRID = 50  # t is uniform on the timesteps that few-step sampling picks from: 19, 39, .., 999
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The loss explodes when the mean of WINDOW steps is EXPLOSION times the least mean of any WINDOW steps before them.
+WINDOW, EXPLOSION = 20, 100.0
 
 
 @dataclass
@@ -56,60 +73,56 @@ class Progress:
     seconds: float
 
 
-def make_student(teacher: UNet2DConditionModel, gamma_conditioning: str) -> UNet2DConditionModel:
-    """A copy of the teacher that can be told gamma; with cond_proj at zero it *is* the teacher, to the bit."""
-    if gamma_conditioning == "noise-level":
-        student = copy.deepcopy(teacher)
-    else:
-        student = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": GAMMA_DIM})
-        weights = teacher.state_dict()
-        weights["time_embedding.cond_proj.weight"] = torch.zeros_like(student.time_embedding.cond_proj.weight)
-        student.load_state_dict(weights)
-    return student.float().to(teacher.device).requires_grad_(True)
-
-
-def export_unet(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A plain UNet that equals the student at gamma = 1: its embedding is zero there, so the projection just goes."""
-    plain = copy.deepcopy(teacher).float()
-    plain.load_state_dict({key: value for key, value in student.state_dict().items() if "cond_proj" not in key})
-    return plain.eval().requires_grad_(False)
-
-
 class Distillation:
-    """Student, target, teacher and optimizer of one run, and the step that moves them."""
+    """The networks, data and optimizer of one run, and the step that moves them."""
 
     def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
-        # LCM has no gamma to tell.
-        conditioning = "noise-level" if config.method == "lcm" else config.gamma_conditioning
-        student = make_student(pipeline.unet, conditioning)
-        self.target = copy.deepcopy(student).requires_grad_(False)
-        pipeline.unet.to(DTYPES[config.teacher_dtype])
-        optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.student, self.optimizer = accelerator.prepare(student.train(), optimizer)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP shards the student's weights, of which the target and the checkpoints need the whole: it is not "
+                "supported. Take training/configs/ddp.yaml, with --lora if the memory is short, or deepspeed_zero2."
+            )
+        whole = config.train_batch_size * accelerator.num_processes
+        self.data = open_data(config.data, pipeline, config.data_options, whole, config.seed + 1)
+        self.negative = pipeline.unconditional()
+        if not self.data.needs_encoders and accelerator.device.type != "cpu":
+            pipeline.encoders_to("cpu")  # they come in for sheets only
+        self.networks = (LoraNetworks if config.lora else FullNetworks)(pipeline, config)
+        optimizer = build_optimizer(
+            config.optimizer,
+            self.networks.trainable(),
+            config.learning_rate,
+            config.weight_decay,
+            (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon,
+        )
+        self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
+        conditioning = gamma_conditioning(config)
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
         denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, conditioning, subpath)
         self.objective = Objective(denoiser, config.method, config.skip, config.solver_skip, distance)
-        self.data = SceneLatents(pipeline, config.num_scenes, config.seed + 1)
-        self.negative = pipeline.encode([""])
-        self.step = 0
+        self.projected = conditioning == "embedding"
+        self.validation: Validation | None = None
+        self.step, self.samples = 0, 0
+        self.recent: list[float] = []  # the last WINDOW losses
+        self.least: float | None = None  # the least mean of WINDOW losses
+        self.best: dict | None = None  # step and scores of the best validation
         if config.compile:
-            pipeline.unet.compile()
-            self.target.compile()
-            accelerator.unwrap_model(self.student).compile()
+            self.networks.compile()
 
-    def network(self, unet: torch.nn.Module, embeds: Tensor):
-        """unet as a function of (x, t, gamma)."""
-        projected = accelerator_config(unet).time_cond_proj_dim is not None
+    def network(self, role: str, conditioning: Conditioning):
+        """A role's UNet as a function of (x, t, gamma)."""
 
         def net(x: Tensor, t: Tensor, gamma: Tensor | None) -> Tensor:
             phi = (
                 gamma_embedding(gamma.to(x), GAMMA_DIM, self.config.gamma_bandwidth)
-                if projected and gamma is not None
+                if self.projected and gamma is not None
                 else None
             )
-            return unet(x, t, embeds, timestep_cond=phi).sample
+            with self.networks.use(role) as unet:
+                return unet(x, t, **unet_arguments(conditioning), timestep_cond=phi).sample
 
         return net
 
@@ -117,49 +130,62 @@ class Distillation:
         """The objective's mean over the samples of these indices."""
         pipeline = self.pipeline
         schedule = pipeline.schedule
-        latents, captions = self.data.batch(indices)
-        embeds = pipeline.encode(captions)
+        latents, conditioning = self.data.batch(indices)
         noise, u_t, u_gamma = (part.to(latents.device) for part in draws(self.config.seed, indices, latents.shape[1:]))
         spacing = schedule.num_train_timesteps // GRID
         t = ((u_t * GRID).long() + 1) * spacing - 1
         x_t = add_noise(latents, noise, t, schedule)
 
         def teacher(x: Tensor, t: Tensor) -> Tensor:
-            output = guided_output(pipeline, x, t, embeds, self.negative, self.config.guidance_scale)
+            with self.networks.use("teacher"):
+                output = guided_output(pipeline, x, t, conditioning, self.negative, self.config.guidance_scale)
             return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
 
-        student, target = self.network(self.student, embeds), self.network(self.target, embeds)
+        student, target = self.network("student", conditioning), self.network("target", conditioning)
         gamma = sample_gamma(u_gamma, self.config.gamma_one_probability)
-        # On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not.
-        plain = sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else contextlib.nullcontext()
-        with self.accelerator.autocast(), plain:
+        with self.accelerator.autocast(), _attention(latents.device):
             return self.objective(student, target, teacher, x_t, t, gamma).mean()
 
-    def train(self) -> Iterator[Progress]:
-        """Steps up to max_train_steps. Raises FloatingPointError, naming the last checkpoint, for a loss not finite."""
+    def _backward(self) -> Tensor:
+        """The gradient of one optimizer step, from --gradient-accumulation-steps batches; the loss [] of this process.
+
+        Batch j of process p is the samples from first + (j*processes + p)*batch on: more processes, more
+        accumulation or a larger batch see the same samples.
+        """
         config, accelerator = self.config, self.accelerator
-        local = config.train_batch_size
-        whole = local * accelerator.num_processes
+        batch, many = config.train_batch_size, config.gradient_accumulation_steps
+        total = torch.zeros((), device=accelerator.device)
+        for turn in range(many):
+            start = self.samples + (turn * accelerator.num_processes + accelerator.process_index) * batch
+            last = turn + 1 == many
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.networks.student):
+                loss = self.loss(range(start, start + batch))
+                # A checkpointed backward pass runs forward again and must pick the same attention.
+                with _attention(accelerator.device):
+                    accelerator.backward(loss / many if many > 1 else loss)
+            total += loss.detach() / many if many > 1 else loss.detach()
+        return total
+
+    def train(self) -> Iterator[Progress]:
+        """Steps up to max_train_steps. Raises FloatingPointError, naming the last checkpoint, for a loss not finite
+        or one that explodes, and CheckpointError for a checkpoint that cannot be written."""
+        config, accelerator = self.config, self.accelerator
+        whole = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         while self.step < config.max_train_steps:
             since = time.perf_counter()
-            first = self.step * whole + local * accelerator.process_index
-            loss = self.loss(range(first, first + local))
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {self.step + 1}. Lower --learning-rate; the last good "
-                    f"checkpoint is {latest_checkpoint(config.output_dir) or 'not there yet'}."
-                )
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
+            loss = accelerator.reduce(self._backward(), "mean").item()
+            self._watch(loss)
+            norm = accelerator.clip_grad_norm_(self.networks.trainable(), config.max_grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * self._schedule()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            ema_update(self.target.parameters(), accelerator.unwrap_model(self.student).parameters(), config.ema_decay)
             self.step += 1
+            self.samples += whole
+            update_averages(self.networks, self.step, config.ema_decay, config.release_decay)
             yield Progress(
                 step=self.step,
-                loss=accelerator.reduce(loss.detach(), "mean").item(),
+                loss=loss,
                 gradient_norm=float(norm),
                 learning_rate=config.learning_rate * self._schedule(self.step - 1),
                 images=whole,
@@ -167,77 +193,129 @@ class Distillation:
                 seconds=time.perf_counter() - since,
             )
             # After the caller has logged the step, so that a log never lacks a step that its checkpoint has.
-            due = self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps
-            if due and accelerator.is_main_process:
+            if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
                 self.save()
+
+    def _watch(self, loss: float) -> None:
+        """Raises FloatingPointError for a loss that is not finite or explodes. It is the same on every process."""
+        self.recent = [*self.recent[-(WINDOW - 1) :], loss]
+        mean = sum(self.recent) / WINDOW if len(self.recent) == WINDOW else None
+        explodes = mean is not None and self.least is not None and mean > EXPLOSION * self.least
+        if not math.isfinite(loss) or explodes:
+            what = f"has risen to {mean:.3g} from {self.least:.3g}" if explodes else f"is {loss}"
+            raise FloatingPointError(
+                f"the loss {what} at step {self.step + 1}. Lower --learning-rate; the last good "
+                f"checkpoint is {latest_checkpoint(self.config.output_dir) or 'not there yet'}."
+            )
+        if mean is not None:
+            self.least = mean if self.least is None else min(self.least, mean)
 
     def _schedule(self, step: int | None = None) -> float:
         """The learning rate of a step as a share of the configured one."""
         step = self.step if step is None else step
+        name, done = self.config.lr_scheduler, step / self.config.max_train_steps
         warm = min(1.0, (step + 1) / max(1, self.config.lr_warmup_steps))
-        if self.config.lr_scheduler == "constant":
-            return warm
-        return warm * 0.5 * (1 + math.cos(math.pi * step / self.config.max_train_steps))
+        if name == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+        return warm * (1 - done) if name == "linear" else warm
+
+    def validate(self) -> dict[str, Score]:
+        """Scores of the target and, where there is one, of the release average; keeps `best/` of the lowest loss."""
+        config = self.config
+        if self.validation is None:
+            latents, conditioning = self.data.held_out(config.validation_samples)
+            self.validation = Validation(
+                self.pipeline,
+                self.networks,
+                latents,
+                conditioning,
+                config.guidance_scale,
+                config.skip,
+                config.solver_skip,
+                config.seed,
+                config.train_batch_size,
+            )
+        with self.accelerator.autocast():
+            scores = {role: self.validation(role) for role in ("target", "release") if self.networks.weights(role)}
+        role = min(scores, key=lambda one: scores[one].loss)
+        if self.best is None or scores[role].loss < self.best["loss"]:
+            self.best = {"step": self.step, "role": role, "loss": scores[role].loss}
+            self._write(config.output_dir / "best", {"student": self.networks.weights(role)}, {**self.best})
+        return scores
+
+    def _write(self, folder: Path, weights: dict, state: dict) -> None:
+        try:
+            partial_folder = start_folder(folder)
+            write_weights(partial_folder, weights, {**state, "config": self.config.settings()})
+            finish_folder(partial_folder, folder)
+        except WRITE_ERRORS as error:
+            raise explain_write_error(error, folder) from error
 
     def save(self) -> Path:
         """OUTPUT_DIR/checkpoint-STEP, which appears under its name only when it is whole; old ones go."""
-        folder = self.config.output_dir / f"checkpoint-{self.step}"
-        partial_folder = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir(parents=True)
+        config, accelerator = self.config, self.accelerator
+        folder = config.output_dir / f"checkpoint-{self.step}"
+        names = ("student", "target", "release")
+        weights = {name: self.networks.weights(name) for name in names if self.networks.weights(name)}
+        scaler = getattr(accelerator, "scaler", None)
+        optimizer = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else {},
+            "random": torch.get_rng_state(),
+        }
         state = {
             "step": self.step,
-            "student": self.accelerator.unwrap_model(self.student).state_dict(),
-            "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "samples": self.samples,
+            "recent": self.recent,
+            "least": self.least,
+            "best": self.best,
+            "processes": accelerator.num_processes,
+            "config": config.settings(),
         }
-        with open(partial_folder / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.config).items()}
-        (partial_folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial_folder, folder)
-        for old in checkpoints(self.config.output_dir)[: -self.config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+        try:
+            if accelerator.is_main_process:
+                partial_folder = start_folder(folder)
+                write_weights(partial_folder, weights, state)
+                write_optimizer(partial_folder, optimizer)
+                finish_folder(partial_folder, folder)
+                rotate(config.output_dir, config.checkpoints_total_limit)
+        except WRITE_ERRORS as error:
+            raise explain_write_error(error, folder) from error
+        accelerator.wait_for_everyone()
         return folder
+
+    def free(self) -> None:
+        """Let go of the networks and the optimizer: what is left is to write the result."""
+        self.accelerator.free_memory()
+        self.networks = self.optimizer = self.validation = None
+        self.pipeline.unet = None
+        gc.collect()
 
     def resume(self, wanted: str) -> Path | None:
         """Take up a checkpoint: a folder, or "latest" (None: there is none yet). Raises ValueError for an unfit one."""
         folder = latest_checkpoint(self.config.output_dir) if wanted == "latest" else Path(wanted)
         if folder is None:
             return None
-        file = folder / "state.pt"
-        if not file.is_file():
-            raise ValueError(
-                f"{folder} is no checkpoint: expected {file.name} in it. Give a checkpoint-N folder, or 'latest'."
-            )
+        weights, optimizer, state = read_checkpoint(folder, self.pipeline.device)
         try:
-            state = torch.load(file, map_location=self.pipeline.device, weights_only=True)
-            self.accelerator.unwrap_model(self.student).load_state_dict(state["student"])
-            self.target.load_state_dict(state["target"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name in ("student", "target", "release"):
+                load_weights(self.networks, name, weights.get(name, {}))
+            self.optimizer.load_state_dict(optimizer["optimizer"])
+            if optimizer["scaler"] and getattr(self.accelerator, "scaler", None):
+                self.accelerator.scaler.load_state_dict(optimizer["scaler"])
+            torch.set_rng_state(optimizer["random"].cpu())
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{file} does not fit this run ({str(error).splitlines()[0]}). Resume with the teacher, --method and "
-                f"--gamma-conditioning it was started with, or start anew in another --output-dir."
+                f"{folder} does not fit this run ({str(error).splitlines()[0]}). Resume with the teacher, --method, "
+                f"--lora and --gamma-conditioning it was started with, or start anew in another --output-dir."
             ) from error
-        self.step = state["step"]
+        self.step, self.samples = state["step"], state["samples"]
+        self.recent, self.least, self.best = state["recent"], state["least"], state["best"]
+        for left in self.config.output_dir.glob("*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         return folder
 
 
-def accelerator_config(unet: torch.nn.Module):
-    """The diffusers config of a UNet that accelerate may have wrapped."""
-    return getattr(unet, "module", unet).config
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
-
-
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    found = checkpoints(output_dir)
-    return found[-1] if found else None
+def _attention(device: torch.device):
+    """On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

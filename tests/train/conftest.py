@@ -1,28 +1,40 @@
-"""A tiny pipeline of random weights in Stable Diffusion's classes, as a diffusers folder."""
+"""Tiny pipelines of random weights in Stable Diffusion's classes, as diffusers folders, one for each family."""
+
+import json
+import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.embedded.teacher import build_scheduler
 from training.pipeline import EMBEDDED
 
 
-@pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory):
-    """The folder. Widths of 32, two levels in the UNet; 128 px pictures, 16x16 latents."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
+def text_config(**options):
+    return CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        projection_dim=32,
+        vocab_size=49408,
+        **{"num_hidden_layers": 1, **options},
     )
+
+
+def write_tiny(folder, xl=False):
+    """Widths of 32, two levels in the UNet; 128 px pictures, 16x16 latents."""
+    torch.manual_seed(0)
+    unet = {
+        "sample_size": 16,
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    }
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -31,22 +43,86 @@ def tiny_pipeline(tmp_path_factory):
         latent_channels=4,
         sample_size=128,
     )
-    config = CLIPTextConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        projection_dim=32,
-        vocab_size=49408,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(config),
-        tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer"),
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    if xl:
+        # Attention over the 32 + 32 channels of two text encoders; 6 sizes of 8 and a pooled embedding of 32.
+        unet |= {
+            "cross_attention_dim": 64,
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80,
+        }
+        whole = StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config(num_hidden_layers=2)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(num_hidden_layers=3, hidden_act="gelu")),
+            tokenizer=tokenizer,
+            tokenizer_2=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", pad_token="!"),
+            unet=UNet2DConditionModel(**unet),
+            scheduler=build_scheduler(),
+            add_watermarker=False,
+        )
+    else:
+        unet = UNet2DConditionModel(**unet)
+        whole = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config()),
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    whole.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """SD1.x: the folder."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory):
+    """SDXL: the folder."""
+    return write_tiny(tmp_path_factory.mktemp("tiny-xl") / "pipeline", xl=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tmp_path_factory, tiny_pipeline):
+    """The same weights as tiny_pipeline, said to predict v."""
+    folder = tmp_path_factory.mktemp("tiny-v") / "pipeline"
+    shutil.copytree(tiny_pipeline, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Distil a teacher for a few steps, in this process: small(teacher, output_dir, steps, *more arguments)."""
+    from training.config import parse
+    from training.distill import distill
+
+    def run(teacher, output_dir, steps, *more):
+        distill(parse([str(one) for one in (*small_arguments(teacher, output_dir, steps), *more)]))
+
+    return run
+
+
+def small_arguments(teacher, output_dir, steps):
+    return (
+        "--teacher", teacher, "--output-dir", output_dir, "--max-train-steps", steps, "--train-batch-size", 2,
+        "--data", "embedded", "--num-scenes", 32, "--num-held-out", 8, "--no-cache-latents", "--sample-every", 0,
+        "--validation-samples", 0, "--lr-warmup-steps", 1, "--report-to", "none",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def command_line():
+    """The arguments of such a run, for a process of its own."""
+    return lambda *of, more=(): [str(one) for one in (*small_arguments(*of), *more)]

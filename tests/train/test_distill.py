@@ -8,31 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
-from splam_core.checkpoint import ldm_to_diffusers
+from splam_core.checkpoint import ldm_to_diffusers, read_metadata
 from training.config import parse
-from training.data import SceneLatents, draws
+from training.data import draws
 from training.generate import generate
+from training.networks import LoraNetworks, export_unet, make_student
 from training.pipeline import load_pipeline
-from training.trainer import export_unet, make_student
+from training.trainer import Distillation
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
 
 
-def distill(*arguments, check=True):
+def distill(*arguments):
     command = [sys.executable, str(ROOT / "training" / "distill.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-def small(teacher, output_dir, steps, *more):
-    return distill(
-        "--teacher", teacher, "--output-dir", output_dir, "--max-train-steps", steps, "--train-batch-size", 2,
-        "--num-scenes", 32, "--sample-every", 0, "--lr-warmup-steps", 1, *more,
-    )  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
 
 def losses(folder):
@@ -46,9 +41,26 @@ def test_the_untrained_student_is_the_teacher_to_the_bit(tiny_pipeline, conditio
     x, t, embeds = torch.randn(2, 4, 16, 16), torch.tensor([999, 19]), pipeline.encode(["a small red ring", ""])
     phi = torch.zeros(2, 256) if conditioning == "embedding" else None
     with torch.no_grad():
-        told = student(x, t, embeds, timestep_cond=phi).sample
-        assert torch.equal(told, pipeline.unet(x, t, embeds).sample)
-        assert torch.equal(export_unet(student, pipeline.unet)(x, t, embeds).sample, told)
+        told = student(x, t, **embeds, timestep_cond=phi).sample
+        assert torch.equal(told, pipeline.unet(x, t, **embeds).sample)
+        assert torch.equal(export_unet(student, pipeline.unet)(x, t, **embeds).sample, told)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_config_that_never_heard_of_gamma(tiny_pipeline, tmp_path, copied):
+    """Stable Diffusion 1.5's own config.json is older than time_cond_proj_dim."""
+    shutil.copytree(tiny_pipeline, tmp_path / "old")
+    file = tmp_path / "old" / "unet" / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["time_cond_proj_dim"]
+    file.write_text(json.dumps(settings))
+    pipeline = load_pipeline(tmp_path / "old")
+    if copied:
+        student = make_student(pipeline.unet, "embedding")
+    else:
+        arguments = ["--teacher", "embedded", "--lora", "--lora-rank", "2", "--gamma-conditioning", "embedding"]
+        student = LoraNetworks(pipeline, parse(arguments)).student
+    assert student.time_embedding.cond_proj.weight.shape == (32, 256)
 
 
 def test_random_numbers_belong_to_the_sample_index():
@@ -58,21 +70,11 @@ def test_random_numbers_belong_to_the_sample_index():
     assert not torch.equal(noise, draws(6, range(10, 14), (4, 2, 2))[0])
 
 
-def test_latents_do_not_depend_on_who_asks_first(tiny_pipeline):
-    pipeline = load_pipeline(tiny_pipeline)
-    forwards, backwards = SceneLatents(pipeline, 64, 0), SceneLatents(pipeline, 64, 0)
-    backwards.batch(range(40, 64))
-    latents, captions = forwards.batch(range(30, 40))
-    again, same_captions = backwards.batch(range(30, 40))
-    assert torch.equal(latents, again) and captions == same_captions
-    assert torch.equal(forwards.batch(range(64, 66))[0], forwards.batch(range(0, 2))[0])
-
-
 @pytest.mark.parametrize(
     ("method", "conditioning"),
     [("splam", "embedding"), ("splam", "noise-level"), ("lcm", "noise-level"), ("dl", "embedding")],
 )
-def test_every_method_ends_in_a_folder_and_a_single_file(tiny_pipeline, tmp_path, method, conditioning):
+def test_every_method_ends_in_a_folder_and_a_single_file(small, tiny_pipeline, tmp_path, method, conditioning):
     out = tmp_path / "run"
     small(tiny_pipeline, out, 2, "--method", method, "--gamma-conditioning", conditioning, "--export-dtype", "fp32")
     assert len(losses(out)) == 2 and all(0 < loss < 100 for loss in losses(out))
@@ -94,7 +96,7 @@ def test_every_method_ends_in_a_folder_and_a_single_file(tiny_pipeline, tmp_path
     assert before.keys() == unet.keys() and any(not torch.equal(before[key], unet[key]) for key in before)
 
 
-def test_a_resumed_run_is_the_same_run_to_the_bit(tiny_pipeline, tmp_path):
+def test_a_resumed_run_is_the_same_run_to_the_bit(small, tiny_pipeline, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     small(tiny_pipeline, whole, 6, "--checkpointing-steps", 2, "--checkpoints-total-limit", 9)
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
@@ -109,17 +111,14 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(tiny_pipeline, tmp_path):
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-def test_a_checkpoint_of_another_run_is_refused(tiny_pipeline, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(small, tiny_pipeline, tmp_path):
     small(tiny_pipeline, tmp_path, 1, "--gamma-conditioning", "embedding")
-    result = distill(
-        "--teacher", tiny_pipeline, "--output-dir", tmp_path, "--resume-from-checkpoint", "latest", check=False
-    )
-    assert result.returncode == 1
-    assert "does not fit this run" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(ValueError, match="does not fit this run"):
+        small(tiny_pipeline, tmp_path, 2, "--gamma-conditioning", "noise-level", "--resume-from-checkpoint", "latest")
 
 
 def test_a_missing_teacher_is_one_clear_error(tmp_path):
-    result = distill("--teacher", tmp_path / "nothing", check=False)
+    result = distill("--teacher", tmp_path / "nothing")
     assert result.returncode == 1 and "holds no model: expected" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -130,3 +129,108 @@ def test_flags_take_dashes_and_underscores_and_are_checked(capsys):
     with pytest.raises(SystemExit):
         parse(["--teacher", "embedded", "--skip", "50"])
     assert "--solver-skip must divide --skip" in capsys.readouterr().err
+
+
+def diffusers_loss(folder, pipeline, w, latents, embeds, nothing, noise, t):
+    """LCM's squared error at k = 20 (eq. 7), by diffusers' DDIM step and LCMScheduler's boundary scalings."""
+    ddim = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", timestep_spacing="leading")
+    ddim.set_timesteps(50)
+    lcm = LCMScheduler.from_config(ddim.config)
+    levels = ddim.alphas_cumprod
+
+    def consistency(x, t):
+        output = pipeline.unet(x, t, encoder_hidden_states=embeds).sample
+        alpha, sigma = levels[t] ** 0.5, (1 - levels[t]) ** 0.5
+        v = ddim.config.prediction_type == "v_prediction"
+        x0 = alpha * x - sigma * output if v else (x - sigma * output) / alpha
+        c_skip, c_out = lcm.get_scalings_for_boundary_condition_discrete(t)
+        return c_skip * x + c_out * x0
+
+    x_t = ddim.add_noise(latents, noise, t)
+    cond, uncond = (pipeline.unet(x_t, t, encoder_hidden_states=one).sample for one in (embeds, nothing))
+    x_s = ddim.step(uncond + w * (cond - uncond), t, x_t).prev_sample
+    return (consistency(x_t, t) - consistency(x_s, max(0, t - 20))).square().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("teacher", ["tiny_pipeline", "tiny_v"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_loss_of_epsilon_and_v_teachers_is_diffusers(request, tmp_path, teacher, lora):
+    folder = request.getfixturevalue(teacher)
+    config = parse([
+        "--teacher", str(folder), "--method", "lcm", "--skip", "20", "--loss-type", "l2", "--guidance-scale", "4",
+        "--teacher-dtype", "fp32", "--data", "embedded", "--num-scenes", "32", "--no-cache-latents", "--seed", "3",
+        "--cache-dtype", "fp32", "--lora" if lora else "--no-lora",
+    ])  # fmt: skip
+    run = Distillation(config, load_pipeline(folder), Accelerator(cpu=True))
+    pipeline = load_pipeline(folder)
+    assert pipeline.prediction_type == ("v_prediction" if teacher == "tiny_v" else "epsilon")
+    for index in range(3):
+        latents, conditioning = run.data.batch(range(index, index + 1))
+        noise, u, _ = draws(3, range(index, index + 1), latents.shape[1:])
+        t, nothing = 20 * (int(u * 50) + 1) - 1, pipeline.encode([""])["encoder_hidden_states"]
+        embeds = conditioning["encoder_hidden_states"]
+        expected = diffusers_loss(folder, pipeline, 4.0, latents, embeds, nothing, noise, torch.tensor(t))
+        assert run.loss(range(index, index + 1)).item() == pytest.approx(expected.item(), rel=2e-4)
+
+
+def test_a_v_student_stays_one(small, tiny_v, tmp_path):
+    small(tiny_v, tmp_path, 2, "--learning-rate", "1e-3", "--export-dtype", "fp32")
+    assert all(0 < loss < 100 for loss in losses(tmp_path))
+    assert load_pipeline(tmp_path).prediction_type == "v_prediction"
+    assert read_metadata(tmp_path / "student.splam.safetensors")["modelspec.prediction_type"] == "v"
+    before, after = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (tiny_v, tmp_path / "pipeline")
+    )
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@torch.no_grad()
+def test_sdxl_is_told_prompt_and_size_as_diffusers_tells_it(tiny_xl):
+    pipeline, whole = load_pipeline(tiny_xl), StableDiffusionXLPipeline.from_pretrained(tiny_xl)
+    embeds, _, pooled, _ = whole.encode_prompt("a red fox", do_classifier_free_guidance=False)
+    ours = pipeline.encode(["a red fox"], size=(96, 160))
+    assert torch.allclose(ours["encoder_hidden_states"], embeds, atol=1e-6)
+    assert torch.allclose(ours["text_embeds"], pooled, atol=1e-6)
+    ids = whole._get_add_time_ids((96, 160), (0, 0), (96, 160), torch.float32, text_encoder_projection_dim=32)
+    assert torch.equal(ours["time_ids"], ids)
+    nothing = pipeline.unconditional()
+    assert not nothing["encoder_hidden_states"].any() and not nothing["text_embeds"].any()
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "--lora-rank", 4)])
+def test_sdxl_is_distilled(small, tiny_xl, tmp_path, more):
+    small(tiny_xl, tmp_path, 2, "--export-dtype", "fp32", *more)
+    assert all(0 < loss < 100 for loss in losses(tmp_path))
+    pipeline = load_pipeline(tmp_path)
+    assert pipeline.family == "sdxl"
+    assert generate(pipeline, ["a small red ring"], [1], steps=2).isfinite().all()
+
+
+def test_accumulated_batches_are_one_large_batch(small, tiny_pipeline, tmp_path):
+    small(tiny_pipeline, tmp_path / "large", 3, "--train-batch-size", 4)
+    small(tiny_pipeline, tmp_path / "parts", 3, "--train-batch-size", 2, "--gradient-accumulation-steps", 2)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "large"), rel=1e-4)
+
+
+def test_a_missing_optimizer_package_is_named(small, tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="pip install prodigyopt"):
+        small(tiny_pipeline, tmp_path, 1, "--optimizer", "prodigy")
+
+
+def test_what_a_person_sees(small, tiny_pipeline, tmp_path):
+    """A sheet, curves, validation, a card and a workflow; target and release are both judged."""
+    small(
+        tiny_pipeline, tmp_path, 2, "--sample-every", 1, "--validation-samples", 4, "--report-to", "tensorboard",
+        "--skip", 500, "--solver-skip", 500, "--name", "mine",
+    )  # fmt: skip
+    assert Image.open(tmp_path / "sheet-000002.png").width > 5 * 128
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"validation/target/loss", "validation/release/loss", "validation/target/delta_999"} <= lines[0].keys()
+    assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "best" / "student.safetensors").is_file()
+    card = (tmp_path / "README.md").read_text()
+    assert "mine.splam.safetensors" in card and "sheet-000002.png" in card and str(tiny_pipeline) not in card
+    graph = json.loads((tmp_path / "mine.workflow.json").read_text())
+    loader = next(node for node in graph["nodes"] if node["type"] == "SPLAMLoader")
+    assert loader["widgets_values"][0] == "mine.splam.safetensors"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..images import to_tensor
 from .scenes import scene
 
 
@@ -26,9 +27,10 @@ class Scenes(Dataset):
         return self.sample(*scene(self.seed, self.start + index, **self.options))
 
 
-def to_tensor(image) -> torch.Tensor:
-    """uint8 [H, W, 3] to float [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+def scene_pictures(seed: int, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
+    """Pictures [B, 3, 128, 128] in [-1, 1] and captions of scenes of a stream."""
+    scenes = [scene(seed, index) for index in indices]
+    return torch.stack([to_tensor(image) for image, _, _ in scenes]), [str(caption) for _, caption, _ in scenes]
 
 
 def batches(

@@ -25,7 +25,7 @@ from ..generate import generate
 from ..pipeline import EMBEDDED, Pipeline
 from ..sheet import save_sheet, to_images
 from .autoencoder import SCALING_FACTOR
-from .loop import save_atomic, to_tensor, train
+from .loop import save_atomic, scene_pictures, train
 from .scenes import IMAGE_SIZE, parse_caption, scene
 from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
@@ -73,11 +73,10 @@ class EncodedScenes(Dataset):
 
     @torch.no_grad()
     def __getitem__(self, chunk: int) -> tuple[torch.Tensor, list[str]]:
-        scenes = [scene(self.seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
-        images = torch.stack([to_tensor(image) for image, _, _ in scenes]).contiguous(memory_format=torch.channels_last)
+        images, captions = scene_pictures(self.seed, range(chunk * CHUNK, (chunk + 1) * CHUNK))
         with torch.autocast("cpu", torch.bfloat16):
-            latents = self.vae.encode(images).latent_dist.mean
-        return (latents.float() * SCALING_FACTOR).half(), [str(caption) for _, caption, _ in scenes]
+            latents = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+        return (latents.float() * SCALING_FACTOR).half(), captions
 
 
 def encode_scenes(vae: AutoencoderKL, seed: int, count: int, path: Path) -> tuple[torch.Tensor, list[str]]:

@@ -1,0 +1,111 @@
+"""One UNet with its adapters switched is teacher, target and student, and what leaves it is a LoRA for every host."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from splam_core.checkpoint import read_metadata
+from training.config import parse
+from training.generate import generate
+from training.networks import LoraNetworks, update_averages
+from training.pipeline import load_pipeline
+from training.trainer import Distillation
+
+pytestmark = pytest.mark.train
+
+
+def networks_of(folder, *more):
+    pipeline = load_pipeline(folder)
+    config = parse(["--teacher", str(folder), "--lora", "--lora-rank", "4", *more])
+    return pipeline, LoraNetworks(pipeline, config)
+
+
+def output(unet, pipeline, gamma=None):
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    conditioning = pipeline.encode(["a small red ring", ""])
+    return unet(x, torch.tensor([999, 19]), **conditioning, timestep_cond=gamma).sample
+
+
+@torch.no_grad()
+def test_each_role_is_itself(tiny_pipeline):
+    plain = output(load_pipeline(tiny_pipeline).unet, load_pipeline(tiny_pipeline))
+    pipeline, networks = networks_of(tiny_pipeline)
+    for role in ("teacher", "target", "student", "release"):
+        with networks.use(role) as unet:
+            assert torch.equal(output(unet, pipeline), plain)  # up starts at zero
+    for weight in networks.weights("student").values():
+        weight.add_(0.05)
+    update_averages(networks, 10, 0.75, 0.999)
+    outputs = {}
+    for role in ("teacher", "target", "student", "release"):
+        with networks.use(role) as unet:
+            outputs[role] = output(unet, pipeline)
+    assert torch.equal(outputs["teacher"], plain)
+    assert len({round(one.double().sum().item(), 6) for one in outputs.values()}) == 4
+    for key, weight in networks.weights("target").items():  # a quarter of the way from where both began
+        begun = networks.weights("student")[key] - 0.05
+        assert torch.allclose(weight, begun + 0.0125, atol=1e-6)
+    with networks.use("target") as unet:  # back and forth changes nothing
+        assert torch.equal(output(unet, pipeline), outputs["target"])
+
+
+def test_only_the_students_adapter_and_gamma_are_trained(tiny_pipeline):
+    pipeline, networks = networks_of(tiny_pipeline, "--gamma-conditioning", "embedding")
+    trained = {name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad}
+    assert "time_embedding.cond_proj.weight" in trained
+    assert all(".student." in name or "cond_proj" in name for name in trained)
+    assert any("conv1.lora_A" in name for name in trained) and any("to_q.lora_B" in name for name in trained)
+    loss = output(networks.student, pipeline, torch.randn(2, 256)).square().mean()
+    with networks.use("teacher"), torch.no_grad():
+        output(pipeline.unet, pipeline)
+    loss.backward()
+    assert pipeline.unet.time_embedding.cond_proj.weight.grad.any()
+    assert all(p.grad is None for name, p in pipeline.unet.named_parameters() if name not in trained)
+
+
+def test_a_checkpointed_backward_pass_has_the_same_gradient(tiny_pipeline):
+    def gradient(*more):
+        pipeline = load_pipeline(tiny_pipeline)
+        config = parse([
+            "--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "32", "--no-cache-latents",
+            "--lora", "--lora-rank", "4", *more,
+        ])  # fmt: skip
+        run = Distillation(config, pipeline, Accelerator(cpu=True))
+        run._backward()
+        return {name: p.grad for name, p in pipeline.unet.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradient("--no-gradient-checkpointing"), gradient("--gradient-checkpointing")
+    assert plain.keys() == checkpointed.keys() and len(plain) > 20
+    assert all(torch.allclose(plain[key], checkpointed[key], atol=1e-7) for key in plain)
+
+
+def test_the_exported_lora_is_the_target(small, tiny_pipeline, tmp_path):
+    """diffusers loads the file onto the teacher and gives what the merged pipeline folder gives."""
+    from diffusers import StableDiffusionPipeline
+
+    small(
+        tiny_pipeline, tmp_path, 3, "--lora", "--lora-rank", 4, "--lora-alpha", 2, "--learning-rate", "1e-2",
+        "--export-dtype", "fp32",
+    )  # fmt: skip
+    file = tmp_path / "student.splam-lora.safetensors"
+    lora, metadata = load_file(file), read_metadata(file)
+    assert all(key.startswith("lora_unet_") for key in lora) and not any("cond_proj" in key for key in lora)
+    assert metadata["ss_network_dim"] == "4" and metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert all(weight == 2 for key, weight in lora.items() if key.endswith(".alpha"))
+    student, teacher = load_pipeline(tmp_path), load_pipeline(tiny_pipeline)
+    merged = generate(student, ["a small red ring"], [1], steps=2)
+    assert (merged - generate(teacher, ["a small red ring"], [1], steps=2)).abs().max() > 1e-3
+    host = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    host.load_lora_weights(str(tmp_path), weight_name=file.name)
+    teacher.unet = host.unet
+    assert (generate(teacher, ["a small red ring"], [1], steps=2) - merged).abs().max() < 1e-4
+
+
+def test_a_lora_run_resumes_to_the_bit(small, tiny_pipeline, tmp_path):
+    options = ("--lora", "--lora-rank", 4, "--checkpointing-steps", 2, "--checkpoints-total-limit", 9)
+    small(tiny_pipeline, tmp_path / "whole", 4, *options)
+    cut = ("--resume-from-checkpoint", tmp_path / "whole" / "checkpoint-2")
+    small(tiny_pipeline, tmp_path / "cut", 4, *options, *cut)
+    one, other = (load_file(tmp_path / name / "student.splam-lora.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

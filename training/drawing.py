@@ -1,0 +1,247 @@
+"""Pictures for scoring, drawn by one process or by several, and the curves, from a request of training/evaluate.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splam_core import fold_gamma
+
+from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
+from .embedded.scenes import Caption
+from .embedded_scores import drawn_captions, rendered
+from .generate import generate, unet_evaluations
+from .merge_lora import merge_lora
+from .pictures import PictureFolder, Source, batches_of
+from .pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
+from .protocols import PROTOCOLS, protocol_captions
+from .teachers import resolve
+
+if TYPE_CHECKING:
+    from .evaluate import Request
+
+SCENE_SOURCES = ("renders", "reconstructions")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TIMINGS = "timings.jsonl"
+SEED_STRIDE = 1_000_003  # seeds of two runs do not meet before as many pictures
+CURVE_SEED = 0xC04E  # of the curves' captions and noise: apart from those of the pictures
+
+
+@dataclass
+class Drawn:
+    """What `draw` leaves. Not complete: another process scores."""
+
+    count: int
+    evaluations: int  # of the UNet, an image
+    pipeline: Pipeline | None
+    complete: bool = True
+    folder: PictureFolder | None = None
+    pictures: Tensor | None = None  # uint8 [count, 3, H, W], without a folder
+    seconds: list[float] = field(default_factory=list)  # an image, of each batch
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Median over batches: wall-clock time of text encoding, sampling and decoding; noisy on a shared machine."""
+        return median(self.seconds) if self.seconds else None
+
+    def read(self) -> Tensor:
+        return self.pictures if self.folder is None else self.folder.read(self.count)
+
+    def files(self) -> list[Path]:
+        return [self.folder.path(index) for index in range(self.count)]
+
+
+def draw(request: Request, captions: Sequence) -> Drawn:
+    """A picture for each caption: in memory, or in request.output_dir, where what is there already stays.
+
+    Of several processes (--shard, or RANK and WORLD_SIZE as accelerate and torchrun set them) each draws its share;
+    rank 0 then waits for the others. Raises ValueError for several processes without a folder.
+    """
+    shard, shards = share_of(request)
+    if shards > 1 and request.output_dir is None:
+        raise ValueError("several processes need --output-dir, where their pictures meet")
+    pipeline = None if request.model == "renders" else load_model(request)
+    source = _Timed(source_of(request, pipeline, captions))
+    batches = batches_of(len(captions), request.batch_size, shard, shards)
+    evaluations = 0 if request.model in SCENE_SOURCES else unet_evaluations(request.steps, request.guidance_scale)
+    drawn = Drawn(len(captions), evaluations, pipeline)
+    with tqdm(total=sum(map(len, batches)), desc="pictures", disable=None) as bar:
+        if request.output_dir is None:
+            drawn.pictures = torch.cat([source(batch, bar) for batch in batches])
+            drawn.seconds = source.warm
+            return drawn
+        drawn.folder = PictureFolder(request.output_dir, settings(request, pipeline))
+        timings = request.output_dir / TIMINGS
+        try:
+            drawn.folder.fill(source, batches, bar.update)
+        finally:
+            with open(timings, "a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(one) + "\n" for one in source.warm)
+    if request.shard or shard:
+        drawn.complete = False
+        return drawn
+    drawn.folder.wait(len(captions))
+    drawn.seconds = [json.loads(line) for line in timings.read_text(encoding="utf-8").splitlines()]
+    return drawn
+
+
+class _Timed:
+    """A source with the seconds an image that its calls took."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.seconds = source, []
+
+    def __call__(self, batch: range, bar: tqdm | None = None) -> Tensor:
+        since = time.perf_counter()
+        pictures = self.source(batch)
+        self.seconds.append((time.perf_counter() - since) / len(batch))
+        if bar is not None:
+            bar.update(len(batch))
+        return pictures
+
+    @property
+    def warm(self) -> list[float]:
+        """Without a process's first batch, which warms up, where there are others."""
+        return self.seconds[1:] or self.seconds
+
+
+def share_of(request: Request) -> tuple[int, int]:
+    """(index, number) of this process's share."""
+    return request.shard or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def device_of(request: Request) -> str:
+    """With several processes on a machine of several GPUs, each has its own."""
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}"
+        if request.device == "cuda" and "LOCAL_RANK" in os.environ
+        else request.device
+    )
+
+
+def load_model(request: Request) -> Pipeline:
+    """The pipeline of a request, with its LoRA merged and a cond_proj folded at gamma = 1."""
+    model = EMBEDDED if request.model in SCENE_SOURCES else request.model
+    embedded = request.gamma_embedding
+    if embedded not in ("splam", "zero"):
+        try:
+            embedded = float(embedded)
+        except ValueError:
+            raise ValueError(f"--gamma-embedding is splam, zero or a guidance_scale, got {embedded!r}") from None
+    place = resolve(str(model))
+    if place.is_file() and embedded != "splam":
+        raise ValueError(f"{place}: a single file is read as --gamma-embedding splam; use the model's diffusers folder")
+    pipeline = load_pipeline(model, device_of(request), DTYPES[request.dtype])
+    unet = pipeline.unet
+    if unet.config.time_cond_proj_dim:
+        # The projection is called only when it is told something: with the constant in the bias it never is.
+        folded, _ = fold_gamma(unet.state_dict(), embedded)
+        unet.load_state_dict(folded, strict=False)
+    if request.lora:
+        merge_lora(pipeline, request.lora, request.lora_scale)
+    return pipeline
+
+
+def source_of(request: Request, pipeline: Pipeline | None, captions: Sequence) -> Source:
+    """Pictures by index: of the model, or, of the embedded protocol's ceilings, scenes."""
+
+    def scenes(batch: range) -> Tensor:
+        return rendered(captions[batch.start : batch.stop], request.seed, batch.start)
+
+    def renders(batch: range) -> Tensor:
+        return to_uint8(scenes(batch))
+
+    def reconstructions(batch: range) -> Tensor:
+        return to_uint8(pipeline.decode(pipeline.latents(scenes(batch))))
+
+    def model(batch: range) -> Tensor:
+        prompts = [str(caption) for caption in captions[batch.start : batch.stop]]
+        seeds = [request.seed * SEED_STRIDE + index for index in batch]
+        settings = (request.sampler, request.steps, request.guidance_scale, len(prompts), size_of(request))
+        return to_uint8(pipeline.decode(generate(pipeline, prompts, seeds, *settings)))
+
+    return {"renders": renders, "reconstructions": reconstructions}.get(request.model, model)
+
+
+def size_of(request: Request) -> tuple[int, int] | None:
+    """Height and width in px; None is the model's own."""
+    side = request.image_size or PROTOCOLS[request.protocol].image_size
+    return (side, side) if side else None
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] in [-1, 1] to uint8, on the CPU: scores see what a file holds."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+
+def settings(request: Request, pipeline: Pipeline | None) -> dict:
+    """All that a picture depends on, besides its index."""
+    names = ("protocol", "seed", "sampler", "steps", "guidance_scale", "dtype")
+    prompts = request.prompts
+    return {name: getattr(request, name) for name in names} | {
+        "image_size": size_of(request),
+        "captions": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] if prompts else "drawn",
+        "weights": weights_hash(pipeline.unet, pipeline.vae, pipeline.text_encoder) if pipeline else None,
+        "source": request.model if request.model in SCENE_SOURCES else "model",
+    }
+
+
+def measure_curves(request: Request, pipeline: Pipeline) -> dict:
+    """endpoint_error and delta of the pipeline over timesteps, on request.curves samples.
+
+    Their latents are encoded scenes in the embedded protocol, elsewhere pictures that the teacher draws of the
+    captions (DDIM, 50 steps).
+    """
+    teacher, w = (
+        load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype]),
+        request.teacher_guidance_scale,
+    )
+    captions = curve_captions(request)
+    size, schedule = size_of(request), teacher.schedule
+    squares: dict[int, list[Tensor]] = {}
+    distances: dict[int, list[Tensor]] = {}
+    for batch in tqdm(batches_of(len(captions), request.batch_size), desc="curves", disable=None):
+        some = captions[batch.start : batch.stop]
+        prompts, seeds = [str(one) for one in some], [CURVE_SEED * SEED_STRIDE + index for index in batch]
+        if request.protocol == "embedded":
+            latents = teacher.latents(rendered(some, CURVE_SEED, batch.start)).float()
+        else:
+            latents = generate(teacher, prompts, seeds, "ddim", 50, w, len(prompts), size).to(teacher.device)
+        # Other seeds than the pictures': a latent is not noised with the noise that it was drawn from.
+        generators = [torch.Generator().manual_seed(seed + SEED_STRIDE) for seed in seeds]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators]).to(latents)
+        with torch.no_grad():
+            guide = teacher_function(teacher, teacher.encode(prompts, size), teacher.unconditional(size), w)
+            own = pipeline.encode(prompts, size), pipeline.unconditional(size), request.guidance_scale
+            student = student_function(pipeline, *own)
+            ends = teacher_endpoints(guide, latents, noise, schedule)
+            for results, found in (
+                (squares, endpoint_squares(student, ends)),
+                (distances, delta_samples(student, latents, noise, schedule)),
+            ):
+                for t, values in found.items():
+                    results.setdefault(t, []).append(values.cpu())
+    return {
+        "endpoint_error": {str(t): torch.cat(parts).mean().sqrt().item() for t, parts in squares.items()},
+        "delta": {str(t): torch.cat(parts).mean().item() for t, parts in distances.items()},
+        "curve_images": len(captions),
+        "teacher": request.teacher,
+        "teacher_guidance_scale": w,
+    }
+
+
+def curve_captions(request: Request) -> list[str] | list[Caption]:
+    if request.protocol == "embedded":
+        return drawn_captions(CURVE_SEED + request.seed, request.curves)
+    return protocol_captions(request.protocol, request.prompts, request.curves)

@@ -1,0 +1,99 @@
+"""From a picture file to a tensor of the size that is trained on: decoding, aspect buckets, cropping."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_ASPECT = 2.0
+_ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
+Picture = Path | io.IOBase | np.ndarray | Image.Image
+
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """(height, width) in px as it is shown, from the file's header alone. Raises ValueError for what is no picture."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    with _open(picture) as image:
+        # Of a PNG without it in front, Pillow would read all to look for it at the end.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(_ORIENTATION, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """The whole picture as RGB, upright, transparency on white. Raises ValueError for a damaged file."""
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture)
+    with _open(picture) as image:
+        try:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"damaged picture: {error}") from error
+
+
+def _open(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit itself, at twice that, stays
+            return Image.open(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no picture: {error}") from error
+
+
+def aspect_buckets(resolution: int) -> list[tuple[int, int]]:
+    """(height, width) of about resolution^2 px or fewer, from 1:2 to 2:1, in steps of 64 px (16 below 256 px)."""
+    step = 64 if resolution >= 256 else 16
+    sides = range(step, int(resolution * math.sqrt(MAX_ASPECT)) + step, step)
+    found = {(resolution, resolution)}
+    for width in sides:
+        height = resolution**2 // width // step * step
+        if height and max(height, width) <= MAX_ASPECT * min(height, width):
+            found |= {(height, width), (width, height)}
+    # Of the sizes of one width, the largest.
+    return sorted(size for size in found if not any(o != size and o[0] >= size[0] and o[1] >= size[1] for o in found))
+
+
+def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect is nearest to that of a picture of `size` (both height, width)."""
+    aspect = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), bucket))
+
+
+def crop(image: Image.Image, size: tuple[int, int], how: str, name: str) -> Tensor:
+    """[3, H, W] in [-1, 1]: the picture scaled to cover size = (H, W), and cut to it.
+
+    how: "center", or "random", where the place is a function of `name`: cached latents hold one crop of a picture.
+    """
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+    across, down = 0.5, 0.5
+    if how == "random":
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+        across, down = (int.from_bytes(part, "big") / 2**64 for part in (digest[:8], digest[8:16]))
+    left, top = round((image.width - width) * across), round((image.height - height) * down)
+    return to_tensor(np.asarray(image.crop((left, top, left + width, top + height))))
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] to float [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,192 @@
+"""Samples, that is latents with their text embeddings: made from records, and kept in shards.
+
+A shard is a webdataset tar of safetensors files, with an index beside it. It appears under its name only when it is
+whole, so that whatever was interrupted, what is there can be used and the rest is made again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .generate import guided_output
+from .images import crop, load_picture
+from .pipeline import Pipeline
+from .sources import Record, Skip
+
+GROUP = 8  # pictures encoded at once, always the same ones together, so that a sample never depends on who made it
+META = "meta.json"
+NO_PROMPT = "no-prompt.safetensors"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Sample = dict[str, Tensor]  # "latents" [V, C, h, w] (V = 2: the second mirrored), and what Pipeline.encode gives of one
+Size = tuple[int, int]  # height, width in px
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes samples of records with the pipeline's VAE and text encoders, or with the whole teacher."""
+
+    pipeline: Pipeline
+    crop: str = "center"
+    flip: bool = False
+    dtype: str = "fp16"
+    prompt_steps: int = 10
+    prompt_guidance_scale: float = 7.5
+
+    def __call__(self, records: Sequence[Record], sizes: Sequence[Size]) -> list[Sample | Skip]:
+        """A sample or a Skip of each record; sizes: that of each record's picture after the crop."""
+        results: list[Sample | Skip] = []
+        for start in range(0, len(records), GROUP):
+            results += self._group(records[start : start + GROUP], sizes[start : start + GROUP])
+        return results
+
+    def no_prompt(self) -> Sample:
+        """What a dropped caption is replaced by, the same that guidance takes for no prompt."""
+        found = self.pipeline.unconditional()
+        return {key: value[0].to(DTYPES[self.dtype]).cpu() for key, value in found.items() if key != "time_ids"}
+
+    def bytes_per_sample(self, size: Size) -> int:
+        """By arithmetic: latents at this size, mirrored ones too, and the text embeddings."""
+        scale = self.pipeline.vae_scale
+        latents = self.pipeline.latent_shape[0] * (size[0] // scale) * (size[1] // scale) * (1 + self.flip)
+        values = latents + sum(value.numel() for value in self.no_prompt().values())
+        return values * torch.finfo(DTYPES[self.dtype]).bits // 8
+
+    def _group(self, records: Sequence[Record], sizes: Sequence[Size]) -> list[Sample | Skip]:
+        with ThreadPoolExecutor(min(GROUP, os.cpu_count() or 1)) as pool:
+            pictures = list(pool.map(self._picture, records, sizes))
+        results: list[Sample | Skip] = list(pictures)
+        for size in dict.fromkeys(sizes):
+            chosen = [i for i, one in enumerate(pictures) if sizes[i] == size and not isinstance(one, Skip)]
+            if not chosen:
+                continue
+            conditioning = self.pipeline.encode([records[i].caption for i in chosen], size)
+            drawn = [i for i in chosen if records[i].picture is None]
+            if drawn:
+                made = teacher_latents(
+                    self.pipeline,
+                    [records[i].caption for i in drawn],
+                    [records[i].number for i in drawn],
+                    size,
+                    self.prompt_steps,
+                    self.prompt_guidance_scale,
+                )
+                latents = dict(zip(drawn, made[:, None], strict=True))
+            else:
+                # Mirrored pictures are encoded anew: a VAE is not quite symmetric.
+                images = torch.stack([pictures[i] for i in chosen])
+                views = [images, images.flip(-1)] if self.flip else [images]
+                encoded = torch.stack([self.pipeline.latents(view) for view in views], dim=1)
+                latents = dict(zip(chosen, encoded, strict=True))
+            for row, i in enumerate(chosen):
+                sample = {"latents": latents[i], **{key: value[row] for key, value in conditioning.items()}}
+                results[i] = self._kept(sample, records[i].name)
+        return results
+
+    def _picture(self, record: Record, size: Size) -> Tensor | Skip | None:
+        if record.picture is None:
+            return None
+        try:
+            return crop(load_picture(record.picture()), size, self.crop, record.name)
+        except (ValueError, OSError) as error:
+            return Skip(record.name, str(error))
+
+    def _kept(self, sample: Sample, name: str) -> Sample | Skip:
+        """On the CPU in the cache's dtype; sizes in px stay exact."""
+        kept = {
+            key: value.to(torch.float32 if key == "time_ids" else DTYPES[self.dtype]).cpu().contiguous()
+            for key, value in sample.items()
+        }
+        bad = [key for key, value in kept.items() if not value.isfinite().all()]
+        return Skip(name, f"{' and '.join(bad)} not finite in {self.dtype}") if bad else kept
+
+
+@torch.no_grad()
+def teacher_latents(
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], size: Size, steps: int, guidance_scale: float
+) -> Tensor:
+    """Latents [B, C, h, w] of the teacher's own pictures: `steps` of DPM-Solver++(2M) (Lu et al., 2022), w as anywhere.
+
+    Picture i depends on its prompt and seeds[i]; in the batch's company, on rounding too.
+    """
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        {**pipeline.scheduler_config, "timestep_spacing": "trailing"}, algorithm_type="dpmsolver++", solver_order=2
+    )
+    scheduler.set_timesteps(steps, device=pipeline.device)
+    shape = (pipeline.latent_shape[0], size[0] // pipeline.vae_scale, size[1] // pipeline.vae_scale)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    x = torch.stack(noise).to(pipeline.device) * scheduler.init_noise_sigma
+    conditioning, negative = pipeline.encode(list(prompts), size), pipeline.unconditional(size)
+    for t in scheduler.timesteps:
+        output = guided_output(pipeline, x, t.expand(len(x)), conditioning, negative, guidance_scale)
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+def write_shard(
+    folder: Path,
+    shard: str,
+    made: Sequence[tuple[int, Record, Sample]],
+    skipped: Sequence[Skip],
+    filtered: Mapping[str, int],
+) -> None:
+    """SHARD.tar with the (number, record, sample)s, and SHARD.json: what is where, and what was left out for what."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for number, record, sample in made:
+            key = f"{shard}-{number:05d}"
+            said = json.dumps({"name": record.name, "caption": record.caption}).encode()
+            for field, data in (("safetensors", save(sample)), ("json", said)):
+                member = tarfile.TarInfo(f"{key}.{field}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    content.seek(0)
+    with tarfile.open(fileobj=content) as archive:
+        places = [[member.offset_data, member.size] for member in archive if member.name.endswith(".safetensors")]
+    rows = [
+        {"number": number, "name": record.name, "at": at, "shape": list(sample["latents"].shape)}
+        for (number, record, sample), at in zip(made, places, strict=True)
+    ]
+    index = {"samples": rows, "skipped": [[one.name, one.reason] for one in skipped], "filtered": dict(filtered)}
+    write_whole(folder / f"{shard}.tar", content.getvalue())
+    write_whole(folder / f"{shard}.json", json.dumps(index).encode())
+
+
+def read_index(folder: Path, shard: str) -> dict | None:
+    """A shard's index; None for a shard that is not whole yet."""
+    index = folder / f"{shard}.json"
+    if not index.is_file() or not (folder / f"{shard}.tar").is_file():
+        return None
+    return json.loads(index.read_text(encoding="utf-8"))
+
+
+def read_sample(folder: Path, shard: str, at: Sequence[int]) -> Sample:
+    """The sample at (offset, size) in a shard. Raises ValueError naming the file if it is damaged."""
+    file = folder / f"{shard}.tar"
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(at[0])
+            return load(opened.read(at[1]))
+    except Exception as error:  # safetensors raises a class of its own
+        raise ValueError(f"{file} is damaged at byte {at[0]} ({error}): delete it, and prepare it again") from error
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename: a reader sees all of it or nothing, and the last of two writers wins."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(partial, file)

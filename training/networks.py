@@ -1,0 +1,261 @@
+"""Teacher, student, target and release average of one run: four UNets, or one UNet with LoRA adapters switched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import LORA_TARGETS, Config
+from .pipeline import Pipeline
+
+GAMMA_DIM = 256
+ROLES = ("teacher", "student", "target", "release")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RELEASE_EVERY = 10  # steps between two updates of the release average, which waits in main memory
+_COND_PROJ = "time_embedding.cond_proj.weight"
+
+
+def make_student(teacher: UNet2DConditionModel, gamma_conditioning: str) -> UNet2DConditionModel:
+    """A copy of the teacher that can be told gamma; with cond_proj at zero it *is* the teacher, to the bit."""
+    plain = gamma_conditioning == "noise-level"
+    student = copy.deepcopy(teacher) if plain else _with_projection(teacher, copied=True)
+    return student.float().to(teacher.device).requires_grad_(True)
+
+
+def export_unet(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A plain UNet that equals the student at gamma = 1: its embedding is zero there, so the projection just goes."""
+    plain = copy.deepcopy(teacher).float()
+    plain.load_state_dict({key: value for key, value in student.state_dict().items() if "cond_proj" not in key})
+    return plain.eval().requires_grad_(False)
+
+
+def gamma_conditioning(config: Config) -> str:
+    """LCM has no gamma to tell."""
+    return "noise-level" if config.method == "lcm" else config.gamma_conditioning
+
+
+def base_dtype(config: Config) -> torch.dtype:
+    """Of the frozen UNet. A LoRA student's own forward passes go through it: without mixed precision it stays fp32."""
+    if config.lora and config.mixed_precision == "no":
+        return torch.float32
+    return DTYPES[config.teacher_dtype]
+
+
+class FullNetworks:
+    """The teacher as it was loaded, and a student and a target that are whole fp32 UNets."""
+
+    def __init__(self, pipeline: Pipeline, config: Config) -> None:
+        self.pipeline, self.teacher = pipeline, pipeline.unet
+        self.student: nn.Module = make_student(pipeline.unet, gamma_conditioning(config))
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+        nn.Module.to(self.teacher, base_dtype(config))  # diffusers' own `to` warns of every cast
+        if config.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.student.train()
+        self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
+
+    @contextlib.contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The UNet of a role; `pipeline.unet` is it meanwhile."""
+        before, swapped = self.pipeline.unet, role == "release"
+        self.pipeline.unet = {"teacher": self.teacher, "student": self.student}.get(role, self.target)
+        if swapped:
+            _exchange(self.weights("target"), self.release)
+        try:
+            yield self.pipeline.unet
+        finally:
+            self.pipeline.unet = before
+            if swapped:
+                _exchange(self.weights("target"), self.release)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.student.parameters())
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """What a checkpoint holds of a role, sharing memory with the network."""
+        if role == "release":
+            return self.release
+        return dict(_bare(self.student if role == "student" else self.target).state_dict())
+
+    def compile(self) -> None:
+        for unet in (self.teacher, self.target, _bare(self.student)):
+            unet.compile()
+
+    def export(self, role: str) -> dict[str, Tensor]:
+        """The plain UNet's fp32 state dict."""
+        with self.use(role) as unet:
+            return {key: weight.cpu().clone() for key, weight in unet.state_dict().items() if "cond_proj" not in key}
+
+
+class LoraNetworks:
+    """One frozen UNet: without adapter the teacher, with "target" or "student" those (peft). Adapters are fp32.
+
+    The gamma projection is trained beside the student's adapter. The target needs none: it is only asked at gamma = 1,
+    where the embedding is zero.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: Config) -> None:
+        self.pipeline, self.rank, self.alpha = pipeline, config.lora_rank, config.lora_alpha or config.lora_rank
+        unet = nn.Module.to(pipeline.unet, base_dtype(config))
+        if gamma_conditioning(config) == "embedding":
+            unet = _with_projection(unet, copied=False)
+        targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # peft's, that there are two adapters
+            torch.manual_seed(config.seed)
+            for role in ("student", "target"):
+                unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets)), role)
+        self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in unet.named_parameters():
+            trained = ".student." in name or name == _COND_PROJ
+            parameter.requires_grad_(trained)
+            if trained or ".target." in name:
+                parameter.data = parameter.data.float()
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.student: nn.Module = unet.train()
+        pipeline.unet = unet
+        _copy(self.weights("target"), self.weights("student"))
+        self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
+        self._switch("student")
+
+    def _switch(self, role: str) -> None:
+        # Not peft's set_adapter: it also turns requires_grad of the other adapters off, which would drop the student's
+        # parameters out of an optimizer step or out of DistributedDataParallel's books.
+        for layer in self.layers:
+            layer._disable_adapters = role == "teacher"
+            if role != "teacher":
+                layer._active_adapter = [role]
+
+    @contextlib.contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The UNet of a role. Outside it is the student, which a checkpointed backward pass runs again."""
+        if role == "student":
+            yield self.student
+            return
+        swapped = role == "release"
+        if swapped:
+            _exchange(self.weights("target"), self.release)
+        self._switch("target" if swapped else role)
+        try:
+            yield self.pipeline.unet
+        finally:
+            self._switch("student")
+            if swapped:
+                _exchange(self.weights("target"), self.release)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """Adapter weights under peft's names without the adapter's own, and for the student the gamma projection."""
+        if role == "release":
+            return self.release
+        return {
+            name.replace(f".{role}.", "."): parameter.data
+            for name, parameter in self.pipeline.unet.named_parameters()
+            if f".{role}." in name or (role == "student" and name == _COND_PROJ)
+        }
+
+    def compile(self) -> None:
+        self.pipeline.unet.compile()
+
+    def lora(self, role: str) -> dict[str, Tensor]:
+        """The adapter of a role, on the CPU, under peft's names."""
+        weights = self.weights(role)
+        return {key: weight.detach().cpu().clone() for key, weight in weights.items() if key != _COND_PROJ}
+
+    def export(self, role: str) -> dict[str, Tensor]:
+        """The plain UNet's fp32 state dict with the adapter merged in.
+
+        Exact only as the base is: where that is held in 16 bits, merge into the teacher's own file (`merged`).
+        """
+        base = {
+            name.replace(".base_layer.", "."): weight.detach().float().cpu()
+            for name, weight in self.pipeline.unet.state_dict().items()
+            if ".lora_" not in name and "cond_proj" not in name
+        }
+        return merged(base, self.lora(role), self.alpha / self.rank)
+
+
+Networks = FullNetworks | LoraNetworks
+
+
+def merged(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A UNet's fp32 state dict plus scale * up @ down of every module of a LoRA under peft's names."""
+    result = dict(base)
+    for key, down in lora.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        up = lora[f"{module}.lora_B.weight"]
+        weight = result[f"{module}.weight"]
+        delta = (up.flatten(1).double() @ down.flatten(1).double()).reshape(weight.shape)
+        result[f"{module}.weight"] = (weight.double() + scale * delta).float()
+    return result
+
+
+def update_averages(networks: Networks, step: int, decay: float, release_decay: float) -> None:
+    """The target after every step; the release average, which starts by forgetting fast, after every tenth."""
+    student, target = networks.weights("student"), networks.weights("target")
+    with torch.no_grad():
+        for key, average in target.items():
+            if average.is_floating_point():
+                average.lerp_(student[key].to(average), 1 - decay)
+        if networks.release and step % RELEASE_EVERY == 0:
+            n = step // RELEASE_EVERY
+            share = 1 - min(release_decay**RELEASE_EVERY, n / (n + 9))
+            for key, average in networks.release.items():
+                average.lerp_(student[key].to(average), share)
+
+
+def load_weights(networks: Networks, role: str, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError for weights of another run's shape."""
+    own = networks.weights(role)
+    if own.keys() != weights.keys() or any(own[key].shape != weights[key].shape for key in own):
+        different = sorted(own.keys() ^ weights.keys()) or ["shapes"]
+        raise ValueError(f"{role}: {len(different)} weights differ, the first {different[0]}")
+    _copy(own, weights)
+
+
+def _with_projection(teacher: UNet2DConditionModel, copied: bool) -> UNet2DConditionModel:
+    """The teacher with a cond_proj of zeros; unless copied it takes the teacher's own tensors over."""
+    dtype = teacher.dtype
+    # diffusers notes which keys a config.json lacked, and would take the default for them once more.
+    config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}
+    with torch.device("meta" if not copied else "cpu"):
+        student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": GAMMA_DIM})
+    shape = student.time_embedding.cond_proj.weight.shape
+    weights = {**teacher.state_dict(), _COND_PROJ: torch.zeros(shape, dtype=dtype, device=teacher.device)}
+    student.load_state_dict(weights, assign=not copied)
+    return student.eval().requires_grad_(False)
+
+
+def _bare(unet: nn.Module) -> nn.Module:
+    return getattr(unet, "module", unet)
+
+
+def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: weight.detach().cpu().clone() for key, weight in weights.items()}
+
+
+@torch.no_grad()
+def _copy(into: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    for key, weight in into.items():
+        weight.copy_(source[key])
+
+
+@torch.no_grad()
+def _exchange(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for key, weight in one.items():
+        kept = weight.to(other[key].device, copy=True)
+        weight.copy_(other[key])
+        other[key].copy_(kept)

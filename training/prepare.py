@@ -1,0 +1,251 @@
+"""Make latents and text embeddings of a data set once, for training that needs neither VAE nor text encoder.
+
+    python training/prepare.py --teacher dreamshaper-v7 --data photos/ --output-dir photos-512
+    python training/distill.py --teacher dreamshaper-v7 --data photos-512
+
+OUTPUT_DIR gets webdataset tars of safetensors files, with an index beside each. Run the same command again to go on
+after an interruption: whole shards are kept. Several processes share the work: `accelerate launch` (or RANK and
+WORLD_SIZE), or on machines that do not know of each other --shard 0/4, 1/4, ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+if __package__ in (None, ""):  # run by path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "training"
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+from training.data import (
+    FEW,
+    DataOptions,
+    at_resolution,
+    cache_settings,
+    check_skipped,
+    default_spec,
+    encoder_of,
+    grouped,
+    sift,
+    source_of,
+)
+from training.latents import DTYPES, META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
+from training.pipeline import Pipeline, load_pipeline
+from training.samples import SHARDS, read_meta, shards_of
+from training.sources import Listing, Record, Skip
+from training.teachers import resolve
+
+
+class Preparation:
+    """One process's share of a set: every `world`-th part of it, from the `rank`-th on."""
+
+    def __init__(
+        self,
+        spec: str,
+        pipeline: Pipeline,
+        options: DataOptions,
+        folder: Path,
+        shard_size: int = 256,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.spec, self.options, self.folder, self.shard_size = spec, options, folder, shard_size
+        self.source = source_of(spec, options)
+        self.encoder: Encoder = encoder_of(pipeline, options)
+        if isinstance(self.source, Listing):
+            self.limit = min(len(self.source), options.max_samples or len(self.source))
+            self.parts = math.ceil(self.limit / shard_size)
+        else:
+            self.parts = self.source.parts
+            self.limit = math.ceil(options.max_samples / self.parts) if options.max_samples else None
+        self.mine = range(rank, self.parts, world)
+        self.made, self.kept, self.seen = 0, 0, 0  # samples made now, samples kept in all, records
+        self.skipped: list[Skip] = []
+        self.filtered: dict[str, int] = {}
+        self._claim(cache_settings(pipeline, options, self.source))
+
+    def _claim(self, settings: dict) -> None:
+        """Write what the folder is of, or see that it is that already. Raises ValueError for another set's folder."""
+        meta = {"version": 1, "spec": self.spec, "parts": self.parts, "shard_size": self.shard_size, **settings}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / META).is_file():
+            found = read_meta(self.folder)
+            wrong = [f"{key} {found.get(key)} (now {value})" for key, value in meta.items() if found.get(key) != value]
+            wrong = [one for one in wrong if not one.startswith("spec ")]  # a path may be written in several ways
+            if wrong:
+                raise ValueError(
+                    f"{self.folder} was begun with other settings or data: {', '.join(wrong)}. Take another "
+                    f"--output-dir, or the settings it was begun with."
+                )
+            return
+        write_whole(self.folder / NO_PROMPT, save(self.encoder.no_prompt()))
+        write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
+
+    def run(self) -> Iterator[str]:
+        """Make what is missing; yields the name of each shard. Raises ValueError for too many bad records."""
+        for part in self.mine:
+            done = self.folder / f"{part:06d}.{SHARDS}"
+            if done.is_file():
+                for _, index in shards_of(self.folder, range(part, part + 1)):
+                    self._count(index)
+                continue
+            count = 0
+            for records in grouped(self._records(part), self.shard_size):
+                shard = f"{part:06d}-{count:05d}"
+                count += 1
+                if read_index(self.folder, shard) is None:
+                    self._make(shard, records)
+                self._count(read_index(self.folder, shard))
+                yield shard
+            write_whole(done, json.dumps(count).encode())
+        check_skipped(self.skipped, self.seen, self.options, self.spec)
+
+    def _records(self, part: int) -> Iterator[Record | Skip]:
+        if isinstance(self.source, Listing):
+            first = part * self.shard_size
+            yield from (self.source[i] for i in range(first, min(first + self.shard_size, self.limit)))
+            return
+        for number, record in enumerate(self.source.read(part)):
+            if number == self.limit:
+                return
+            yield record
+
+    def _make(self, shard: str, records: list[Record | Skip]) -> None:
+        skipped, filtered, chosen = [], {}, []
+        for number, record in enumerate(records):
+            verdict: Size | Skip | str = record if isinstance(record, Skip) else sift(record, self.options)
+            if isinstance(verdict, Skip):
+                skipped.append(verdict)
+            elif isinstance(verdict, str):
+                filtered[verdict] = filtered.get(verdict, 0) + 1
+            else:
+                chosen.append((number, record, verdict))
+        samples = self.encoder([record for _, record, _ in chosen], [size for _, _, size in chosen])
+        made: list[tuple[int, Record, Sample]] = []
+        for (number, record, _), sample in zip(chosen, samples, strict=True):
+            if isinstance(sample, Skip):
+                skipped.append(sample)
+            else:
+                made.append((number, record, sample))
+        for skip in skipped:
+            logging.warning("skipped %s: %s", skip.name, skip.reason)
+        write_shard(self.folder, shard, made, skipped, filtered)
+        self.made += len(made)
+
+    def _count(self, index: dict) -> None:
+        self.skipped += [Skip(*one) for one in index["skipped"]]
+        self.kept += len(index["samples"])
+        for reason, count in index["filtered"].items():
+            self.filtered[reason] = self.filtered.get(reason, 0) + count
+        self.seen += len(index["samples"]) + len(index["skipped"]) + sum(index["filtered"].values())
+        if self.seen >= FEW:
+            check_skipped(self.skipped, self.seen, self.options, self.spec)
+
+    def missing(self) -> int:
+        """Parts, of all processes, that are not finished."""
+        return sum(not (self.folder / f"{part:06d}.{SHARDS}").is_file() for part in range(self.parts))
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataOptions]:
+    """The command line; `--some-flag` and `--some_flag` are one, and the data's flags are distill.py's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, **options) -> None:
+        parser.add_argument(*sorted({f"--{name}", f"--{name.replace('-', '_')}"}), **options)
+
+    add("teacher", required=True, help="as distill.py's: whose VAE and text encoder (for prompts, whose pictures)")
+    add("data", help="a folder, tars, a dataset, a list of prompts: docs/data.md; none: what suits the teacher")
+    add("output-dir", type=Path, required=True, help="the prepared set; give it to distill.py as --data")
+    add("shard", help="i/n: do the i-th of n equal shares, counted from 0 (default: RANK and WORLD_SIZE, or all)")
+    add("shard-size", type=int, default=256, help="records of a shard (default: 256)")
+    add("device", help="default: the GPU number LOCAL_RANK, or the CPU")
+    add("dtype", choices=sorted(DTYPES), default="fp32", help="type that VAE and text encoder run in (default: fp32)")
+    add("teacher-dtype", choices=sorted(DTYPES), help="type of the UNet, for prompts (default: bf16 on a GPU)")
+    add("revision", help="branch, tag or commit of a teacher on the Hub")
+    add("download-teacher", action="store_true", help="fetch the teacher if it is not on this machine")
+    group = parser.add_argument_group("data")
+    hints = get_type_hints(DataOptions)
+    for entry in fields(DataOptions):
+        names = sorted({f"--{entry.name.replace('_', '-')}", f"--{entry.name}"})
+        options = {"dest": entry.name, "default": entry.default, "help": entry.metadata["help"].replace("%", "%%")}
+        hint = hints[entry.name]
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = next(k for k in get_args(hint) if k is not type(None)) if get_origin(hint) else hint
+            options["choices"] = entry.metadata["choices"]
+        group.add_argument(*names, **options)
+    given = parser.parse_args(arguments)
+    try:
+        if given.shard_size < 1:
+            raise ValueError(f"--shard-size must be 1 or more, got {given.shard_size}")
+        given.rank, given.world = share(given.shard)
+        return given, DataOptions(**{entry.name: getattr(given, entry.name) for entry in fields(DataOptions)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def share(shard: str | None) -> tuple[int, int]:
+    """(i, n) of --shard, or of the launcher's environment."""
+    if not shard:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first, _, of = shard.partition("/")
+    if not (first.isdigit() and of.isdigit() and int(first) < int(of)):
+        raise ValueError(f"--shard must be i/n with i from 0 to n-1, got {shard}")
+    return int(first), int(of)
+
+
+def prepare(given: argparse.Namespace, options: DataOptions) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.device(given.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
+    place = resolve(given.teacher, given.revision, given.download_teacher)
+    pipeline = load_pipeline(place, device, DTYPES[given.dtype])
+    pipeline.source = given.teacher
+    unet = given.teacher_dtype or ("bf16" if device.type == "cuda" else None)
+    if unet:
+        pipeline.unet.to(DTYPES[unet])
+    spec = given.data or default_spec(pipeline)
+    options = at_resolution(options, pipeline)
+    work = Preparation(spec, pipeline, options, given.output_dir, given.shard_size, given.rank, given.world)
+    quiet = None if given.rank == 0 else True
+    for _ in tqdm(work.run(), "shards", disable=quiet):
+        pass
+    filtered = "".join(f", {count} {reason}" for reason, count in work.filtered.items())
+    print(f"{work.kept} samples ({work.made} made now), {len(work.skipped)} skipped{filtered} -> {given.output_dir}")
+    for skip in work.skipped:
+        print(f"  skipped {skip.name}: {skip.reason}")
+    if left := work.missing():
+        print(f"{left} of {work.parts} parts are left to the other processes")
+    else:
+        total = sum(len(index["samples"]) for _, index in shards_of(given.output_dir, range(work.parts)))
+        print(f"finished: {total} samples. Train on them with --data {given.output_dir}")
+
+
+def main() -> int:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    given, options = parse()
+    try:
+        prepare(given, options)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. What is finished is kept: make room, and run the same command again.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""Three ways from data to samples by index: records made into samples on the way, prepared shards, a stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import (
+    FEW,
+    PROMPTS,
+    DataOptions,
+    TrainingData,
+    cache_folder,
+    cache_settings,
+    check_skipped,
+    encoder_of,
+    sift,
+)
+from .latents import (
+    GROUP,
+    META,
+    NO_PROMPT,
+    Sample,
+    Size,
+    read_index,
+    read_sample,
+    write_shard,
+    write_whole,
+)
+from .order import Order
+from .pipeline import Pipeline
+from .sources import Listing, Record, Skip, Stream, digest
+
+log = logging.getLogger(__name__)
+MEMORY = 2**30  # bytes of samples that are kept in memory
+SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
+
+
+class KnownData(TrainingData):
+    """Data whose samples are known one by one; a subclass says how to get one."""
+
+    def _arrange(self, buckets: dict[Size, Tensor]) -> None:
+        """Take the held-out samples from the end of the largest bucket, and put the rest in order."""
+        total = sum(map(len, buckets.values()))
+        if not total:
+            left_out = self._left_out() or ", which is empty"
+            raise ValueError(f"{self.spec} holds nothing to train on{left_out}. Check the filters of the options.")
+        largest = max(buckets, key=lambda size: (len(buckets[size]), size))
+        scenes = self.spec == "embedded" and total > self.options.num_held_out  # made for it, beyond the pool
+        most = total if scenes else max(math.ceil(total / 20), min(4, total // 4))
+        held = min(self.options.num_held_out, most, len(buckets[largest]) - 1)
+        kept = len(buckets[largest]) - held
+        self._held, rest = buckets[largest][kept:], buckets[largest][:kept]
+        self._buckets = [*(ids for size, ids in sorted(buckets.items()) if size != largest), rest]
+        self._order = Order([len(ids) for ids in self._buckets], self.batch_size, self.seed)
+        self._count = total - held
+
+    def _samples(self, indices: range) -> list[Sample]:
+        return [self._good(self._buckets[bucket], position) for bucket, position in map(self._order.place, indices)]
+
+    def _held_out(self, n: int) -> list[Sample]:
+        ids = self._held if len(self._held) else self._buckets[-1]
+        found = (self._get(int(one)) for one in ids[:n])
+        return [sample for sample in found if sample is not None] or [self._good(ids, 0)]
+
+    def _good(self, ids: Tensor, position: int) -> Sample:
+        """The sample at a position or, in place of one that proved to be bad, the next of its bucket."""
+        for further in range(len(ids)):
+            sample = self._get(int(ids[(position + further) % len(ids)]))
+            if sample is not None:
+                return sample
+        raise ValueError(f"{self.spec}: every picture of a bucket is bad; the last: {self.skipped[-1]}")
+
+    def _get(self, number: int) -> Sample | None:
+        raise NotImplementedError
+
+    def _counted(self) -> str:
+        buckets = f" in {len(self._buckets)} aspect buckets" if len(self._buckets) > 1 else ""
+        return f"{self.spec}: {self._count} samples{buckets}, {len(self._held)} held out{self._left_out()}"
+
+
+class RecordData(KnownData):
+    """Records in any order, made into samples in fixed groups when first asked for, and kept."""
+
+    def __init__(
+        self, source: Listing, spec: str, pipeline: Pipeline, options: DataOptions, batch_size: int, seed: int
+    ) -> None:
+        super().__init__(spec, options, batch_size, seed, pipeline.device)
+        self.source, self.encoder = source, encoder_of(pipeline, options)
+        if options.caption_drop:
+            self.no_prompt = self.encoder.no_prompt()
+        order = torch.arange(len(source))
+        if not source.shuffled:  # once and for all: the cache, and what is held out, do not depend on the seed
+            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+        self._kept: list[tuple[int, Size]] = []
+        self._sift(order[: options.max_samples].tolist())
+        sizes = {size: [] for size in options.sizes}
+        for number, (_, size) in enumerate(self._kept):
+            sizes[size].append(number)
+        self._arrange({size: torch.tensor(ids) for size, ids in sizes.items() if ids})
+        self._memory: OrderedDict[int, dict[int, Sample]] = OrderedDict()
+        self._bytes = self.encoder.bytes_per_sample((options.resolution,) * 2)
+        self.folder = self._choose_folder(pipeline)
+
+    def _sift(self, numbers: Sequence[int]) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            verdicts = pool.map(self._verdict, numbers)
+            progress = tqdm(
+                verdicts, f"reading {self.spec}", len(numbers), disable=None if len(numbers) > 2000 else True
+            )
+            for number, verdict in zip(numbers, progress, strict=True):
+                if isinstance(verdict, Skip):
+                    self._skip(verdict)
+                elif isinstance(verdict, str):
+                    self.filtered[verdict] = self.filtered.get(verdict, 0) + 1
+                else:
+                    self._kept.append((number, verdict))
+        self._seen = len(numbers)
+        check_skipped(self.skipped, self._seen, self.options, self.spec)
+
+    def _verdict(self, number: int) -> Size | Skip | str:
+        record = self.source[number]
+        return record if isinstance(record, Skip) else sift(record, self.options)
+
+    def _choose_folder(self, pipeline: Pipeline) -> Path | None:
+        """Where samples are kept on disk: nowhere if memory holds them cheaply, or half of the free disk does not."""
+        needed = len(self._kept) * self._bytes
+        if not self.options.cache_latents or (self.spec == "embedded" and needed <= MEMORY):
+            return None
+        base = Path(self.options.cache_dir or cache_folder())
+        settings = cache_settings(pipeline, self.options, self.source)
+        folder = base / digest(settings)
+        if not folder.is_dir():
+            base.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(base).free
+            if needed > free / 2:
+                log.warning(
+                    "%s needs %.1f GB as latents, more than half of the %.1f GB that are free in %s: not cached. "
+                    "--cache-dir names another place.", self.spec, needed / 1e9, free / 1e9, base,
+                )  # fmt: skip
+                return None
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / "settings.json", json.dumps({"spec": self.spec, **settings}, indent=2).encode())
+        return folder
+
+    def _get(self, number: int) -> Sample | None:
+        group, position = divmod(number, GROUP)
+        if group not in self._memory:
+            self._memory[group] = self._group(group)
+            if len(self._memory) * GROUP * self._bytes > MEMORY:
+                self._memory.popitem(last=False)
+        self._memory.move_to_end(group)
+        return self._memory[group].get(position)
+
+    def _group(self, group: int) -> dict[int, Sample]:
+        """Position and sample of one group's good records: from disk, or made now."""
+        shard = f"{group:08d}"
+        index = read_index(self.folder, shard) if self.folder else None
+        if index is not None:
+            self._skip_again([Skip(*one) for one in index["skipped"]])
+            return {row["number"]: read_sample(self.folder, shard, row["at"]) for row in index["samples"]}
+        chosen = self._kept[group * GROUP : (group + 1) * GROUP]
+        records = [self.source[number] for number, _ in chosen]
+        made = self.encoder(records, [size for _, size in chosen])
+        bad = [one for one in made if isinstance(one, Skip)]
+        good = [(at, records[at], one) for at, one in enumerate(made) if not isinstance(one, Skip)]
+        if self.folder:
+            try:
+                write_shard(self.folder, shard, good, bad, {})
+            except OSError as error:
+                log.warning("latents are no longer cached: %s: %s", self.folder, error)
+                self.folder = None
+        self._skip_again(bad)
+        return {at: sample for at, _, sample in good}
+
+    def _skip_again(self, bad: list[Skip]) -> None:
+        for one in bad:
+            if one not in self.skipped:
+                self._skip(one)
+                check_skipped(self.skipped, self._seen, self.options, self.spec)
+
+    def describe(self) -> str:
+        size = f"{len(self._kept) * self._bytes / 1e9:.2g} GB"
+        where = f"kept in {self.folder}" if self.folder else "kept in memory, up to 1 GB of them"
+        said = f"{self._counted()}; made when first needed, {size} of latents and text embeddings {where}"
+        if self.spec == str(PROMPTS):
+            said += (
+                ". These are pictures that the teacher makes of the shipped prompts; the paper trains on real ones: "
+                "name yours with --data"
+            )
+        return said
+
+
+class PreparedData(KnownData):
+    """What training/prepare.py left: nothing is encoded any more."""
+
+    needs_encoders = False
+
+    def __init__(self, folder: Path, pipeline: Pipeline, options: DataOptions, batch_size: int, seed: int) -> None:
+        super().__init__(str(folder), options, batch_size, seed, pipeline.device)
+        self.folder, self.meta = folder, read_meta(folder)
+        fingerprint = pipeline.fingerprint()
+        if self.meta["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} was prepared with another VAE or text encoder ({self.meta['fingerprint']}) than this "
+                f"teacher's ({fingerprint}). Prepare it again with this --teacher, in another folder."
+            )
+        missing = [part for part in range(self.meta["parts"]) if not (folder / f"{part:06d}.{SHARDS}").is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is not finished: {len(missing)} of {self.meta['parts']} parts are missing. Run the "
+                f"prepare.py command that made it once more; it goes on where it stopped."
+            )
+        if options.caption_drop:
+            self.no_prompt = load_file(folder / NO_PROMPT)
+        self.shards: list[str] = []
+        rows, sizes = [], []
+        for shard, index in shards_of(folder, range(self.meta["parts"])):
+            rows += [(len(self.shards), *row["at"]) for row in index["samples"]]
+            sizes += [tuple(side * pipeline.vae_scale for side in row["shape"][-2:]) for row in index["samples"]]
+            self.shards.append(shard)
+            self.skipped += [Skip(*one) for one in index["skipped"]]
+            for reason, count in index["filtered"].items():
+                self.filtered[reason] = self.filtered.get(reason, 0) + count
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: options.max_samples].tolist()
+        buckets: dict[Size, list[int]] = {}
+        for number in order:
+            buckets.setdefault(sizes[number], []).append(number)
+        self._arrange({size: torch.tensor(ids) for size, ids in buckets.items()})
+
+    def _get(self, number: int) -> Sample:
+        shard, start, size = self._rows[number].tolist()
+        return read_sample(self.folder, self.shards[shard], (start, size))
+
+    def describe(self) -> str:
+        return f"{self._counted()}; prepared at {self.meta['resolution']} px, from {self.meta['spec']}"
+
+
+class StreamData(TrainingData):
+    """A stream in its own order, over and over, each record made into a sample anew: nothing is kept."""
+
+    def __init__(
+        self, source: Stream, spec: str, pipeline: Pipeline, options: DataOptions, batch_size: int, seed: int
+    ) -> None:
+        super().__init__(spec, options, batch_size, seed, pipeline.device)
+        self.source, self.encoder = source, encoder_of(pipeline, options)
+        if options.caption_drop:
+            self.no_prompt = self.encoder.no_prompt()
+        self._seen = 0
+        self._restart()
+        self._advance(0)  # what is wrong with the data shows at once
+
+    def _restart(self) -> None:
+        self._number, self._stream = -1, self._batches()
+
+    def _advance(self, number: int) -> None:
+        """Read up to the batch of this number. What lies before it is read, but neither decoded nor encoded."""
+        if number < self._number:
+            self._restart()
+        while self._number < number:
+            self._size, self._records = next(self._stream)
+            self._made: dict[int, list[Sample | Skip]] = {}
+            self._number += 1
+
+    def _samples(self, indices: range) -> list[Sample]:
+        samples = []
+        for index in indices:
+            number, slot = divmod(index, self.batch_size)
+            self._advance(number)
+            samples.append(self._good(slot))
+        return samples
+
+    def _good(self, slot: int) -> Sample:
+        """The sample in a slot of this batch or, in place of a bad one, the next of the batch."""
+        for further in range(self.batch_size):
+            group, position = divmod((slot + further) % self.batch_size, GROUP)
+            if group not in self._made:
+                records = self._records[group * GROUP : (group + 1) * GROUP]
+                self._made[group] = self.encoder(records, [self._size] * len(records))
+            sample = self._made[group][position]
+            if not isinstance(sample, Skip):
+                return sample
+            if sample not in self.skipped:
+                self._skip(sample)
+                self._check(final=False)
+        raise ValueError(f"{self.spec}: every picture of a batch is bad; the last: {self.skipped[-1]}")
+
+    def _held_out(self, n: int) -> list[Sample]:
+        square = (self.options.resolution,) * 2
+        records = list(itertools.islice((record for record, _, held in self._usable() if held), n))
+        made = self.encoder(records, [square] * len(records))
+        return [one for one in made if not isinstance(one, Skip)] or [self._good(0)]
+
+    def _usable(self) -> Iterator[tuple[Record, Size, bool]]:
+        """Records that pass, their size, and whether they are held out: the second of each twenty, up to enough."""
+        passed, held, position = 0, 0, 0
+        for part in range(self.source.parts):
+            for record in self.source.read(part):
+                position += 1
+                verdict = record if isinstance(record, Skip) else sift(record, self.options)
+                if position > self._seen:  # not in the second pass
+                    self._seen = position
+                    if isinstance(verdict, Skip):
+                        self._skip(verdict)
+                        self._check(final=False)
+                    elif isinstance(verdict, str):
+                        self.filtered[verdict] = self.filtered.get(verdict, 0) + 1
+                if isinstance(verdict, (Skip, str)):
+                    continue
+                passed += 1
+                hold = passed % 20 == 2 and held < self.options.num_held_out
+                held += hold
+                yield record, verdict, hold
+                if passed == self.options.max_samples:
+                    return
+        self._check(final=True)
+
+    def _batches(self) -> Iterator[tuple[Size, list[Record]]]:
+        waiting: dict[Size, list[Record]] = {}
+        while True:
+            usable = 0
+            for record, size, held in self._usable():
+                if held:
+                    continue
+                usable += 1
+                waiting.setdefault(size, []).append(record)
+                if len(waiting[size]) == self.batch_size:
+                    yield size, waiting.pop(size)
+            if not usable:
+                raise ValueError(f"{self.spec} holds nothing to train on{self._left_out() or ', which is empty'}")
+
+    def _check(self, final: bool) -> None:
+        if final or self._seen >= FEW:
+            check_skipped(self.skipped, self._seen, self.options, self.spec)
+
+    def describe(self) -> str:
+        return (
+            f"{self.spec}: a stream of {self.source.parts} parts, read in its own order by every process and encoded "
+            f"on the way, not cached (training/prepare.py does it once){self._left_out()}"
+        )
+
+
+def read_meta(folder: Path) -> dict:
+    return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def shards_of(folder: Path, parts: range) -> Iterator[tuple[str, dict]]:
+    """The shards of the finished parts, with their indices. Raises ValueError for one that is gone."""
+    for part in parts:
+        done = folder / f"{part:06d}.{SHARDS}"
+        for number in range(json.loads(done.read_text(encoding="utf-8")) if done.is_file() else 0):
+            shard = f"{part:06d}-{number:05d}"
+            index = read_index(folder, shard)
+            if index is None:
+                raise ValueError(f"{folder / shard}.tar or .json is gone: delete {done.name} and prepare it again")
+            yield shard, index

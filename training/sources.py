@@ -1,0 +1,309 @@
+"""Where training pictures come from. Every source yields the same records, and a `Skip` in place of a bad one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .images import EXTENSIONS, Picture
+from .tars import BROKEN, bare, expand, is_url, members, sections
+from .teachers import HUB_ID
+
+CAPTIONS = ("caption", "text", "txt", "prompt", "TEXT")
+PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture with its caption; `picture` None is a picture that the teacher has yet to make."""
+
+    name: str
+    caption: str
+    picture: Callable[[], Picture] | None
+    columns: Mapping[str, object] = field(default_factory=dict)
+    number: int = 0  # of a prompt's picture; seeds the teacher's noise
+    size: tuple[int, int] | None = None  # height and width in px, where they are known without the picture
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Records in any order; `identity` changes when they do."""
+
+    records: Sequence[Record | Skip]
+    identity: str
+    shuffled: bool = False  # whether their order says nothing already
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record | Skip:
+        return self.records[index]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Records that can only be read from the front, in `parts` that are independent of one another."""
+
+    parts: int
+    read: Callable[[int], Iterator[Record | Skip]]
+    identity: str
+
+
+Source = Listing | Stream
+
+
+def digest(*parts: object) -> str:
+    """16 hexadecimal digits of a SHA-256 of the parts' JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def open_source(
+    spec: str,
+    caption_column: str | None = None,
+    image_column: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = True,
+    images_per_prompt: int = 1,
+) -> Source:
+    """What --data names: a folder, prompts, tars, a dataset. Raises FileNotFoundError saying what would do."""
+    path = Path(spec)
+    columns = (caption_column, image_column)
+    if path.is_dir():
+        tars, tables = sorted(path.glob("*.tar")), sorted(path.glob("**/*.parquet"))
+        if tars:
+            return tar_listing(tars, *columns)
+        if tables:
+            return dataset(str(path), [str(table) for table in tables], *columns, config, split, streaming=False)
+        return image_folder(path, *columns)
+    if path.is_file() and path.suffix == ".txt":
+        return prompt_list(path, images_per_prompt)
+    files = expand(spec)
+    if files and all(bare(file).endswith((".tar", ".tar.gz", ".tgz")) for file in files):
+        missing = [file for file in files if not is_url(file) and not Path(file).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{spec}: of {len(files)} tars {len(missing)} are not there: {missing[:3]}")
+        if all(not is_url(file) and file.endswith(".tar") for file in files):
+            return tar_listing([Path(file) for file in files], *columns)
+        return tar_stream(files, *columns)
+    if files and all(bare(file).endswith(".parquet") for file in files):
+        remote = any(is_url(file) for file in files)
+        return dataset(spec, files, *columns, config, split, streaming=remote and streaming)
+    if HUB_ID.fullmatch(spec) and not path.exists():
+        return dataset(spec, None, *columns, config, split, streaming)
+    raise FileNotFoundError(
+        f"--data {spec} is nothing to train on: expected a folder of pictures (with .txt files beside them, or a "
+        f"metadata.jsonl), a folder that training/prepare.py filled, .tar files or URLs (a-{{000..099}}.tar), .parquet "
+        f"files, a Hugging Face dataset (owner/name), a .txt file with a prompt on each line, or 'embedded'"
+    )
+
+
+def image_folder(folder: Path, caption_column=None, image_column=None) -> Listing:
+    """Pictures below `folder`, captioned by NAME.txt beside each, or by metadata.jsonl ("file_name", "text")."""
+    told: dict[str, dict] = {}
+    records: list[Record | Skip] = []
+    for table in sorted(folder.rglob("metadata.jsonl")):
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+                if row is not None:
+                    told[(table.parent / row[image_column or "file_name"]).relative_to(folder).as_posix()] = row
+            except (ValueError, KeyError, TypeError) as error:
+                place = f"{table.relative_to(folder).as_posix()}:{number}"
+                records.append(Skip(place, f"expected a JSON object with file_name: {error!r}"))
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        sidecar, row = file.with_suffix(".txt"), told.pop(name, {})
+        caption = _caption(row, caption_column)
+        try:
+            if caption is None and sidecar.is_file():
+                caption = sidecar.read_text(encoding="utf-8")
+        except ValueError as error:
+            records.append(Skip(name, f"{sidecar.name} is not UTF-8: {error}"))
+            continue
+        records.append(_record(name, caption, lambda file=file: file, row))
+    records += [Skip(name, "named by metadata.jsonl, but not there") for name in sorted(told)]
+    if not records:
+        raise FileNotFoundError(f"{folder} holds no pictures: expected files {', '.join(EXTENSIONS)} in it or below")
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return Listing(records, digest("folder", stats, [r.caption for r in records if isinstance(r, Record)]))
+
+
+def prompt_list(file: Path, images_per_prompt: int = 1) -> Listing:
+    """Prompts, one on a line (empty lines and lines that start with # are none), for the teacher to draw."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise FileNotFoundError(f"{file} holds no prompts: expected one on each line")
+    return prompts_of(prompts, images_per_prompt)
+
+
+def prompts_of(prompts: Sequence[str], images_per_prompt: int = 1) -> Listing:
+    """The teacher's pictures of these prompts, each `images_per_prompt` times."""
+    records = [
+        Record(f"prompt {line}, picture {again}", prompt, None, number=(again - 1) * len(prompts) + line)
+        for again in range(1, images_per_prompt + 1)
+        for line, prompt in enumerate(prompts, 1)
+    ]
+    return Listing(records, digest("prompts", list(prompts), images_per_prompt), shuffled=True)
+
+
+def tar_listing(tars: Sequence[Path], caption_column=None, image_column=None) -> Listing:
+    """Local uncompressed webdataset tars: their headers are read now, their pictures when they are needed."""
+    records: list[Record | Skip] = []
+    for tar in tars:
+        records += _samples(tar.name, sections(tar), caption_column, image_column)
+    stats = [(str(tar), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
+    return Listing(records, digest("tars", stats, caption_column, image_column))
+
+
+def tar_stream(urls: Sequence[str], caption_column=None, image_column=None) -> Stream:
+    """webdataset tars by URL (or compressed ones), each a part."""
+
+    def read(part: int) -> Iterator[Record | Skip]:
+        return _samples(bare(urls[part]).rpartition("/")[2], members(urls[part]), caption_column, image_column)
+
+    return Stream(len(urls), read, digest("tars", list(urls), caption_column, image_column))
+
+
+def dataset(
+    spec: str,
+    files: list[str] | None,
+    caption_column=None,
+    image_column=None,
+    config=None,
+    split="train",
+    streaming=True,
+) -> Source:
+    """A Hugging Face dataset: of the Hub (streamed, unless it is to be downloaded) or of parquet files."""
+    import datasets
+
+    try:
+        if files is None:
+            table = datasets.load_dataset(spec, config, split=split, streaming=streaming)
+        else:
+            table = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+    except Exception as error:  # of the hub, the network, the file format: each library has its own
+        what = f"the parquet files {spec} cannot be read"
+        if files is None:
+            what = f"no folder or file of that name is here, and the Hugging Face dataset {spec} cannot be opened"
+        first = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"--data {spec}: {what}: {type(error).__name__}: {first}") from error
+    features = table.features or {}
+    picture = image_column or next((name for name in PICTURES if name in features), None)
+    if features and (picture not in features or not any(n in features for n in (caption_column, *CAPTIONS, "json"))):
+        raise ValueError(
+            f"{spec} has the columns {', '.join(features)}: name the picture's and the caption's with --image-column "
+            f"and --caption-column"
+        )
+    if isinstance(features.get(picture), datasets.Image):
+        table = table.cast_column(picture, datasets.Image(decode=False))  # decoded here, so that a bad one is skipped
+
+    def record(number: int, row: dict) -> Record | Skip:
+        name = str(row.get("__key__") or f"row {number}")
+        told = {key: value for key, value in row.items() if key != picture}
+        if isinstance(told.get("json"), dict):
+            told |= told.pop("json")
+        content = row.get(picture) if picture else None
+        if isinstance(content, dict):
+            content = content.get("bytes") or content.get("path")
+        if not content:
+            return Skip(name, f"no picture in the column {picture}")
+        opened = (lambda: io.BytesIO(content)) if isinstance(content, bytes) else (lambda: Path(content))
+        return _record(name, _caption(told, caption_column), opened, told)
+
+    if not streaming:
+        rows = Lazily(len(table), lambda number: record(number, table[number]))
+        return Listing(rows, digest("dataset", table._fingerprint, picture, caption_column))
+
+    def read(part: int) -> Iterator[Record | Skip]:
+        rows = table.shard(table.num_shards, part) if table.num_shards > 1 else table
+        return (record(number, row) for number, row in enumerate(rows))
+
+    return Stream(max(1, table.num_shards), read, digest("dataset", spec, config, split, picture, caption_column))
+
+
+class Lazily(Sequence):
+    """`length` records, each made when it is asked for."""
+
+    def __init__(self, length: int, record: Callable[[int], Record | Skip]) -> None:
+        self.length, self.record = length, record
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Record | Skip:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.record(index)
+
+
+def _record(name: str, caption: str | None, picture: Callable[[], Picture], columns: Mapping) -> Record | Skip:
+    if caption is None or not str(caption).strip():
+        return Skip(name, "no caption")
+    return Record(name, " ".join(str(caption).split()), picture, columns)
+
+
+def _caption(row: Mapping, column: str | None) -> str | None:
+    """The caption among a row's columns; of a list of captions, the first."""
+    value = row.get(column) if column else next((row[name] for name in CAPTIONS if row.get(name)), None)
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _samples(
+    tar: str, files: Iterable[tuple[str, Callable[[], io.IOBase]]], caption_column=None, image_column=None
+) -> Iterator[Record | Skip]:
+    """webdataset's convention: neighbours that share the name up to the first dot are one sample."""
+    groups = itertools.groupby(_until_broken(tar, files), lambda file: _key(file[0]))
+    for key, group in groups:
+        fields = {_field(name): content for name, content in group}
+        if None in fields:  # the tar broke off here
+            yield fields[None]()
+            continue
+        name, told = f"{tar}/{key}", {}
+        try:
+            if "json" in fields:
+                told |= json.loads(fields.pop("json")().read())
+            told |= {f: fields.pop(f)().read().decode() for f in ("txt", "caption", "text") if f in fields}
+        except (ValueError, TypeError) as error:
+            yield Skip(name, f"unreadable caption: {error}")
+            continue
+        found = [f for f in ([image_column] if image_column else fields) if f in fields and f".{f}" in EXTENSIONS]
+        if not found:
+            yield Skip(name, f"no picture among {', '.join([*fields, *told]) or 'its files'}")
+            continue
+        yield _record(name, _caption(told, caption_column), fields[found[0]], told)
+
+
+def _until_broken(tar: str, files: Iterable) -> Iterator[tuple[str, Callable]]:
+    """The files, and in place of an error in the middle a last one, without a field, that says so."""
+    count = 0
+    try:
+        for count, file in enumerate(files, 1):  # noqa: B007
+            yield file
+    except BROKEN as error:
+        skip = Skip(tar, f"broken after {count} files: {error}")
+        yield "\0", lambda: skip
+
+
+def _key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _field(name: str) -> str | None:
+    return None if name == "\0" else name.rpartition("/")[2].partition(".")[2].lower()
