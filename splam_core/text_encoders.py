@@ -51,6 +51,37 @@ def text_encoders_to_ldm(encoders: Sequence[Mapping[str, Tensor]], family: str) 
     return single
 
 
+def text_encoder_from_ldm(weights: Mapping[str, Tensor], prefix: str, open_clip: bool) -> dict[str, Tensor]:
+    """A text encoder of a single file, at one of its family's PLACES, under transformers' names without "text_model.".
+
+    Empty if the file has none there.
+    """
+    found = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
+    found = {key: weight for key, weight in found.items() if not key.endswith("position_ids")}
+    return from_open_clip(found) if open_clip else found
+
+
+def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_open_clip`; what transformers has no place for, as logit_scale, is left out."""
+    top = {old: new for new, old in _TOP.items()}
+    layers = {old: new for new, old in _LAYER.items()}
+    result = {}
+    for key, weight in weights.items():
+        number, _, rest = key.removeprefix("transformer.resblocks.").partition(".")
+        module, _, kind = rest.rpartition(".")
+        layer = f"encoder.layers.{number}"
+        if key in top:
+            result[top[key]] = weight
+        elif key == "text_projection":
+            result["text_projection.weight"] = weight.T.contiguous()
+        elif key.startswith("transformer.resblocks.") and rest.startswith("attn.in_proj_"):
+            for name, part in zip("qkv", weight.chunk(3), strict=True):
+                result[f"{layer}.self_attn.{name}_proj.{rest.removeprefix('attn.in_proj_')}"] = part.clone()
+        elif key.startswith("transformer.resblocks."):
+            result[f"{layer}.{layers[module]}.{kind}"] = weight
+    return result
+
+
 def to_open_clip(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' names without "text_model." to OpenCLIP's: q, k, v in one matrix, the projection transposed."""
     result = {}

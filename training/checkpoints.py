@@ -78,15 +78,18 @@ def rotate(output_dir: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def read_checkpoint(folder: Path, device: torch.device | str) -> tuple[dict, dict, dict]:
-    """(weights by name, optimizer state, state.json). Raises CheckpointError for a folder that is no checkpoint."""
+def read_checkpoint(folder: Path, device: torch.device | str, mmap: bool = False) -> tuple[dict, dict, dict]:
+    """(weights by name, optimizer state, state.json). Raises CheckpointError for a folder that is no checkpoint.
+
+    mmap: leave the optimizer's tensors on the disk until they are used; for a device "cpu".
+    """
     if not (folder / "state.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected state.json in it. Give a checkpoint-N folder, or 'latest'."
         )
     try:
         weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        optimizer = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+        optimizer = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True, mmap=mmap)
         return weights, optimizer, json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}). Resume from another checkpoint.") from error

@@ -56,7 +56,7 @@ class Config:
         }
     )
     output_dir: Path = _flag(_OUTPUT, "checkpoints, log, sheets and the finished student go here")  # noqa: RUF009
-    data: str | None = _flag(None, "what to train on: see docs/training.md; none: what suits the teacher")
+    data: str | None = _flag(None, "what to train on: see docs/data.md; none: what suits the teacher")
     data_options: DataOptions = field(default_factory=DataOptions)
     revision: str | None = _flag(None, "branch, tag or commit of a teacher on the Hub", also=("--teacher-revision",))
     download_teacher: bool = _flag(False, "fetch the teacher if it is not on this machine")

@@ -42,6 +42,7 @@ from training.progress import (
     save_workflow,
 )
 from training.trainer import Distillation, Progress
+from training.validation import Score
 
 
 def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
@@ -54,7 +55,7 @@ def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
 
 def distill(config: Config) -> None:
     """Train, show and export. Raises what the parts raise, each with one clear message."""
-    # While one process draws a sheet, the others wait for it.
+    # While one process draws a sheet, the others may wait for it.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
     set_seed(config.seed)
@@ -70,9 +71,38 @@ def distill(config: Config) -> None:
         (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
         _watched(run)
     else:
-        for _ in run.train():
-            pass
+        _beside(run)
     accelerator.wait_for_everyone()
+
+
+def _shows(config: Config, step: int) -> bool:
+    """Whether validation and a sheet follow this step."""
+    return step % (config.sample_every or config.checkpointing_steps) == 0 or step == config.max_train_steps
+
+
+def _beside(run: Distillation) -> None:
+    """Another process's run: sharded networks need it for all that is shown and exported, too."""
+    config, sheets, scores = run.config, None, None
+    if run.networks.sharded and config.sample_every:
+        with run.accelerator.autocast():
+            sheets = Sheets(config, run.pipeline, run.networks)
+    for progress in run.train():
+        if not run.networks.sharded or not _shows(config, progress.step):
+            continue
+        if config.validation_samples:
+            scores = run.validate()
+        if sheets:
+            with run.accelerator.autocast():
+                sheets.save(None)
+    if run.networks.sharded:
+        if scores is None and config.validation_samples:
+            scores = run.validate()
+        run.networks.export(_best(scores))
+
+
+def _best(scores: dict[str, Score] | None) -> str:
+    """The role to export."""
+    return min(scores, key=lambda one: scores[one].loss) if scores else "target"
 
 
 def _watched(run: Distillation) -> None:
@@ -84,7 +114,6 @@ def _watched(run: Distillation) -> None:
     trackers = Trackers(config, run.step)
     with run.accelerator.autocast():
         sheets = Sheets(config, run.pipeline, run.networks) if config.sample_every else None
-    every = config.sample_every or config.checkpointing_steps
     sheet, scores = None, None
     with (
         tqdm(total=config.max_train_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
@@ -97,7 +126,7 @@ def _watched(run: Distillation) -> None:
             lines.flush()
             names = ("loss", "gradient_norm", "learning_rate")
             trackers.scalars({f"train/{name}": getattr(progress, name) for name in names}, progress.step)
-            if progress.step % every and progress.step != config.max_train_steps:
+            if not _shows(config, progress.step):
                 continue
             if config.validation_samples:
                 scores = run.validate()
@@ -115,7 +144,7 @@ def _watched(run: Distillation) -> None:
     trackers.close()
     if scores is None and config.validation_samples:  # resumed after the last step
         scores = run.validate()
-    role = min(scores, key=lambda one: scores[one].loss) if scores else "target"
+    role = _best(scores)
     sheets = None
     sheet = sheet or max(out.glob("sheet-*.png"), default=None)
     _finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)

@@ -29,11 +29,12 @@ if __package__ in (None, ""):  # run by path
 import torch
 
 from splam_core import few_step_timesteps
-from training import report
-from training.drawing import SCENE_SOURCES, Drawn, draw, load_model, measure_curves, size_of
-from training.embedded_scores import drawn_captions, read_scene_captions, scores_of
 from training.generate import SAMPLERS, unet_evaluations
-from training.perceptual import (
+from training.pipeline import NAMED
+from training.scoring import report
+from training.scoring.drawing import SCENE_SOURCES, Drawn, draw, load_model, measure_curves, size_of
+from training.scoring.embedded_scores import drawn_captions, read_scene_captions, scores_of
+from training.scoring.perceptual import (
     ReferenceSet,
     clip_score,
     clip_weights,
@@ -44,8 +45,7 @@ from training.perceptual import (
     load_clip,
     load_inception,
 )
-from training.pipeline import NAMED
-from training.protocols import PROTOCOLS, protocol_captions
+from training.scoring.protocols import PROTOCOLS, protocol_captions
 from training.teachers import resolve
 
 SCORES = ("inception", "clip")

@@ -27,6 +27,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPi
 from torch import Tensor
 
 from splam_core import load_file, lora_to_kohya, read_metadata, save_file
+from training.merge_lora import merge_lora
 from training.model_files import ModelFiles, model_spec, read_model, write_folder, write_single_file
 from training.networks import merged
 from training.pipeline import Pipeline
@@ -85,7 +86,9 @@ def read_source(
         if base is None:
             raise ValueError(f"{place} is a LoRA: name the model that it changes with --base")
         model = _lcm_schedule(read_model(resolve(base)).folded(embedded))
-        return replace(model, unet=apply_kohya(model.unet, load_file(place), place)), None, 1.0
+        unet = {key: weight.float() if weight.is_floating_point() else weight for key, weight in model.unet.items()}
+        merge_lora(unet, place)
+        return replace(model, unet=unet), None, 1.0
     model = read_model(place)
     had_projection = any("cond_proj" in key for key in model.unet)
     model = model.folded(embedded)
@@ -127,32 +130,6 @@ def _keys(file: Path) -> list[str]:
 
     with safetensors.safe_open(str(file), framework="pt") as opened:
         return list(opened.keys())
-
-
-def apply_kohya(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """A diffusers UNet's state dict plus a LoRA under kohya's, peft's or diffusers' names; fp32.
-
-    Keys of text encoders are refused, since they would be lost.
-    """
-    lora = lora_to_kohya(lora, adapters=None)
-    result = {key: weight.float() if weight.is_floating_point() else weight for key, weight in unet.items()}
-    modules = {"lora_unet_" + key.rpartition(".")[0].replace(".", "_"): key.rpartition(".")[0] for key in unet}
-    for key, weight in lora.items():
-        name, _, role = key.partition(".")
-        if name not in modules:
-            raise ValueError(f"{file}: the key {key!r} belongs to no module of the base's UNet")
-        module = modules[name]
-        if role == "lora_down.weight":
-            up, rank = lora[f"{name}.lora_up.weight"].double(), weight.shape[0]
-            alpha = float(lora.get(f"{name}.alpha", torch.tensor(float(rank))))
-            delta = (up.flatten(1) @ weight.double().flatten(1)) * (alpha / rank)
-        elif role in ("diff", "diff_b"):
-            delta = weight.double()
-        else:
-            continue
-        target = f"{module}.{'bias' if role == 'diff_b' else 'weight'}"
-        result[target] = (result[target].double() + delta.reshape(result[target].shape)).float()
-    return result
 
 
 def extract_lora(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""A LoRA merged into a pipeline's UNet, for scoring it as the model that it makes of its base."""
+"""A LoRA merged into the weights of a UNet: for export, and for scoring it as the model that it makes of its base."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,18 +12,17 @@ from torch import Tensor
 from splam_core import load_file, lora_to_kohya
 from splam_core.keys import unet_pairs
 
-from .pipeline import Pipeline
-
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff_b")
+_PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
 
 
-def merge_lora(pipeline: Pipeline, path: Path, scale: float = 1.0) -> None:
-    """Add scale * alpha/rank * up @ down to the UNet's weights, and scale * diff_b to its biases, in place.
+@torch.no_grad()
+def merge_lora(unet: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> None:
+    """Add scale * (alpha/rank * up @ down + diff) to a UNet's weights and scale * diff_b to its biases, in place.
 
-    path: a .safetensors file with kohya's or peft's names, or a folder with pytorch_lora_weights.safetensors.
-    Raises FileNotFoundError without it, ValueError naming the file for a LoRA of another model, of a text encoder, or
-    of a kind that is not low-rank.
+    unet: a state dict under diffusers' names. path: a .safetensors file with kohya's, peft's or diffusers' names, or a
+    folder with pytorch_lora_weights.safetensors. Raises FileNotFoundError without it, ValueError naming the file for
+    a LoRA of another model, of a text encoder (which would be lost), or of a kind that is not low-rank.
     """
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -36,41 +36,45 @@ def merge_lora(pipeline: Pipeline, path: Path, scale: float = 1.0) -> None:
                 f"of a UNet can be merged"
             )
         parts[module.removeprefix("lora_unet_")][part] = weight
-    modules = _modules_by_kohya_name(pipeline.unet)
+    modules = _modules_by_kohya_name(unet)
     for name, found in parts.items():
         if name not in modules:
             raise ValueError(f"{file}: this UNet has no module {name!r}: the LoRA belongs to another model")
+        module = modules[name]
         try:
-            _add(modules[name], found, scale)
+            for target, change in _changes(found).items():
+                weight = unet[f"{module}.{target}"]
+                weight.copy_(weight.double() + scale * change.reshape(weight.shape).to(weight.device))
         except (KeyError, RuntimeError) as error:
             shapes = {part: tuple(weight.shape) for part, weight in found.items()}
+            own = {key: tuple(unet[f"{module}.{key}"].shape) for key in ("weight", "bias") if f"{module}.{key}" in unet}
             raise ValueError(
-                f"{file}: {name} of this UNet is {tuple(modules[name].weight.shape)}, the LoRA's are {shapes}; it "
-                f"belongs to another model, or is incomplete"
+                f"{file}: {name} of this UNet is {own}, the LoRA's are {shapes}; it belongs to another model, or is "
+                f"incomplete"
             ) from error
 
 
-@torch.no_grad()
-def _add(module: torch.nn.Module, found: dict[str, Tensor], scale: float) -> None:
+def _changes(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a module's parts of a LoRA add to its weight and its bias."""
+    changes = {}
     if "diff_b" in found:
-        bias = module.bias
-        bias.copy_(bias.double() + scale * found["diff_b"].double().reshape(bias.shape).to(bias.device))
-    if found.keys() <= {"diff_b"}:
-        return
-    up, down = found["lora_up.weight"].double(), found["lora_down.weight"].double()
-    rank = down.shape[0]
-    strength = scale * float(found.get("alpha", torch.tensor(rank))) / rank
-    # Convolutions too: the up part of a convolution's LoRA is 1x1.
-    change = (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape)
-    module.weight.copy_(module.weight.double() + strength * change.to(module.weight.device))
+        changes["bias"] = found["diff_b"].double()
+    if "diff" in found:
+        changes["weight"] = found["diff"].double()
+    if found.keys() & {"lora_up.weight", "lora_down.weight"}:
+        up, down = found["lora_up.weight"].double(), found["lora_down.weight"].double()
+        # Convolutions too: the up part of a convolution's LoRA is 1x1.
+        low_rank = up.flatten(1) @ down.flatten(1) * (float(found.get("alpha", len(down))) / len(down))
+        changes["weight"] = low_rank + (changes["weight"].flatten(1) if "weight" in changes else 0)
+    return changes
 
 
-def _modules_by_kohya_name(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every layer under its diffusers name and under its LDM name (SDXL's LoRAs), dots written as underscores."""
-    layers = {name: module for name, module in unet.named_modules() if hasattr(module, "weight")}
-    names = {name.replace(".", "_"): module for name, module in layers.items()}
-    for diffusers, ldm in unet_pairs(unet.state_dict()):
-        for name, module in layers.items():
-            if name == diffusers or name.startswith(f"{diffusers}."):
-                names.setdefault((ldm + name.removeprefix(diffusers)).replace(".", "_"), module)
+def _modules_by_kohya_name(unet: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every module under its diffusers name and under its LDM name (SDXL's LoRAs), dots written as underscores."""
+    modules = dict.fromkeys(key.rpartition(".")[0] for key in unet)
+    names = {module.replace(".", "_"): module for module in modules}
+    for diffusers, ldm in unet_pairs(unet):
+        for module in modules:
+            if module == diffusers or module.startswith(f"{diffusers}."):
+                names.setdefault((ldm + module.removeprefix(diffusers)).replace(".", "_"), module)
     return names

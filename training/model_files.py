@@ -15,10 +15,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from splam_core import fold_gamma, ldm_to_diffusers, load_file, read_metadata, save_file
+from splam_core.text_encoders import PLACES, text_encoder_from_ldm
 
 from .architectures import ARCHITECTURES
 from .pipeline import EMBEDDED, WEIGHTS
-from .single_file import PARTS, TEXT_PLACES, StateDict, _prediction, family_of, read_text_encoder, to_single_file
+from .single_file import PARTS, StateDict, family_of, prediction_of, to_single_file
 
 TEXT_WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
 _CLASSES = {
@@ -113,14 +114,14 @@ def _read_single_file(file: Path) -> ModelFiles:
     configs = {
         "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet),
         "scheduler": known.get("scheduler")
-        or {**architecture.scheduler, "prediction_type": _prediction(None, metadata, weights, family, unet)},
+        or {**architecture.scheduler, "prediction_type": prediction_of(None, metadata, weights, family, unet)},
     }
     if vae:
         configs["vae"] = known.get("vae") or _full(AutoencoderKL, architecture.vae)
     texts = []
-    for number, place in enumerate(TEXT_PLACES[family]):
+    for number, place in enumerate(PLACES[family]):
         name = "text_encoder_2" if number else "text_encoder"
-        text = read_text_encoder(weights, *place)
+        text = text_encoder_from_ldm(weights, *place)
         if text:
             configs[name] = known.get(name) or architecture.clip(second=bool(number)).to_dict()
             layers = configs[name]["num_hidden_layers"]
@@ -203,7 +204,7 @@ def _write_tokenizer(model: ModelFiles, number: int, folder: Path) -> None:
         shutil.copytree(source, folder)
         return
     shutil.copytree(EMBEDDED / "tokenizer", folder)
-    if TEXT_PLACES[model.family][number][1]:
+    if PLACES[model.family][number][1]:
         settings = _json(folder / "tokenizer_config.json")
         _write_json(folder / "tokenizer_config.json", settings | {"pad_token": "!"})
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from .config import LORA_TARGETS, Config
 from .pipeline import Pipeline
+from .sharding import gathered, own_shards, shard, shards_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GAMMA_DIM = 256
 ROLES = ("teacher", "student", "target", "release")
@@ -50,16 +55,24 @@ def base_dtype(config: Config) -> torch.dtype:
 
 
 class FullNetworks:
-    """The teacher as it was loaded, and a student and a target that are whole fp32 UNets."""
+    """The teacher as it was loaded, and a student and a target that are fp32 UNets of their own.
 
-    def __init__(self, pipeline: Pipeline, config: Config) -> None:
-        self.pipeline, self.teacher = pipeline, pipeline.unet
+    With a mesh all three lie in shards over its processes, which must then take part in every forward pass together.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: Config, mesh: DeviceMesh | None = None) -> None:
+        self.pipeline, self.teacher, self.sharded = pipeline, pipeline.unet, mesh is not None
         self.student: nn.Module = make_student(pipeline.unet, gamma_conditioning(config))
-        self.target = copy.deepcopy(self.student).requires_grad_(False)
         nn.Module.to(self.teacher, base_dtype(config))  # diffusers' own `to` warns of every cast
+        if mesh is not None:
+            shard(self.teacher, mesh)  # before there is a third whole UNet
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.student.train()
+        if mesh is not None:
+            shard(self.target, mesh)
+            shard(self.student, mesh)
         self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
 
     @contextlib.contextmanager
@@ -80,9 +93,23 @@ class FullNetworks:
         return list(self.student.parameters())
 
     def weights(self, role: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of a role, sharing memory with the network."""
+        """What a checkpoint holds of a role, sharing memory with the network: this process's shards, if any."""
         if role == "release":
             return self.release
+        return own_shards(self._state(role)) if self.sharded else self._state(role)
+
+    def whole(self, role: str) -> dict[str, Tensor]:
+        """The same without shards. Where there are, all processes must ask; the main one alone is answered."""
+        if not self.sharded:
+            return self.weights(role)
+        with self.use(role):
+            return gathered(self._state(role))
+
+    def cut(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `weights` would be of these whole ones. Raises ValueError where a shape differs."""
+        return shards_of(whole, self._state("target")) if self.sharded else whole
+
+    def _state(self, role: str) -> dict[str, Tensor]:
         return dict(_bare(self.student if role == "student" else self.target).state_dict())
 
     def compile(self) -> None:
@@ -90,9 +117,8 @@ class FullNetworks:
             unet.compile()
 
     def export(self, role: str) -> dict[str, Tensor]:
-        """The plain UNet's fp32 state dict."""
-        with self.use(role) as unet:
-            return {key: weight.cpu().clone() for key, weight in unet.state_dict().items() if "cond_proj" not in key}
+        """The plain UNet's fp32 state dict, as `whole` gives it."""
+        return {key: weight.cpu().clone() for key, weight in self.whole(role).items() if "cond_proj" not in key}
 
 
 class LoraNetworks:
@@ -101,6 +127,8 @@ class LoraNetworks:
     The gamma projection is trained beside the student's adapter. The target needs none: it is only asked at gamma = 1,
     where the embedding is zero.
     """
+
+    sharded = False
 
     def __init__(self, pipeline: Pipeline, config: Config) -> None:
         self.pipeline, self.rank, self.alpha = pipeline, config.lora_rank, config.lora_alpha or config.lora_rank
@@ -165,6 +193,11 @@ class LoraNetworks:
             if f".{role}." in name or (role == "student" and name == _COND_PROJ)
         }
 
+    whole = weights
+
+    def cut(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        return whole
+
     def compile(self) -> None:
         self.pipeline.unet.compile()
 
@@ -218,8 +251,8 @@ def update_averages(networks: Networks, step: int, decay: float, release_decay: 
 
 
 def load_weights(networks: Networks, role: str, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError for weights of another run's shape."""
-    own = networks.weights(role)
+    """Whole weights, into every process. Raises ValueError for those of another run's shape."""
+    own, weights = networks.weights(role), networks.cut(weights)
     if own.keys() != weights.keys() or any(own[key].shape != weights[key].shape for key in own):
         different = sorted(own.keys() ^ weights.keys()) or ["shapes"]
         raise ValueError(f"{role}: {len(different)} weights differ, the first {different[0]}")

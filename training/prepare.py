@@ -11,6 +11,7 @@ WORLD_SIZE), or on machines that do not know of each other --shard 0/4, 1/4, ...
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -29,22 +30,12 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from training.data import (
-    FEW,
-    DataOptions,
-    at_resolution,
-    cache_settings,
-    check_skipped,
-    default_spec,
-    encoder_of,
-    grouped,
-    sift,
-    source_of,
-)
-from training.latents import DTYPES, META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
+from training.data import DataOptions, at_resolution, default_spec, source_of
+from training.data.base import FEW, cache_settings, check_skipped, encoder_of, sift
+from training.data.latents import DTYPES, META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
+from training.data.samples import SHARDS, read_meta, shards_of
+from training.data.sources import Listing, Record, Skip
 from training.pipeline import Pipeline, load_pipeline
-from training.samples import SHARDS, read_meta, shards_of
-from training.sources import Listing, Record, Skip
 from training.teachers import resolve
 
 
@@ -231,6 +222,13 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     else:
         total = sum(len(index["samples"]) for _, index in shards_of(given.output_dir, range(work.parts)))
         print(f"finished: {total} samples. Train on them with --data {given.output_dir}")
+
+
+def grouped(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of `size` neighbours; the last may be shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
 
 
 def main() -> int:

@@ -69,9 +69,11 @@ class Sheets:
         finally:
             pipeline.encoders_to(home)
 
-    def save(self, path: Path, role: str = "target") -> None:
+    def save(self, path: Path | None, role: str = "target") -> None:
+        """None: draw only, for a process that sharded networks need."""
         students = [(f"student {steps}", self._draw(role, "splam", steps)) for steps in STEPS]
-        save_sheet(path, [("teacher 50", self.teacher), *students], self.prompts)
+        if path is not None:
+            save_sheet(path, [("teacher 50", self.teacher), *students], self.prompts)
 
 
 class Trackers:

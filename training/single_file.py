@@ -1,7 +1,7 @@
 """One .safetensors file of a whole model, as ComfyUI and Automatic1111 keep it: read into a Pipeline, and written.
 
-UNet and VAE are splam_core's business; here are the text encoders of the three families, and the configurations, which
-our own files carry as JSON in their metadata and other people's files leave to be known from the family.
+The weights' names are splam_core's business; here are the configurations, which our own files carry as JSON in their
+metadata and other people's files leave to be known from the family.
 """
 
 from __future__ import annotations
@@ -16,37 +16,19 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from splam_core import NoiseSchedule, diffusers_to_ldm, fold_gamma, ldm_to_diffusers, load_file, read_metadata
+from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
 
 from .architectures import ARCHITECTURES
 from .pipeline import EMBEDDED, Pipeline
 
 StateDict = dict[str, Tensor]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
-# Where each family keeps its text encoders: (prefix, whether OpenCLIP's names follow it).
-TEXT_PLACES = {
-    "sd1": [("cond_stage_model.transformer.text_model.", False)],
-    "sd2": [("cond_stage_model.model.", True)],
-    "sdxl": [("conditioner.embedders.0.transformer.text_model.", False), ("conditioner.embedders.1.model.", True)],
-}
-_OPEN_CLIP = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-_OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
 
 
 def family_of(state_dict: Mapping[str, Tensor]) -> str:
     """ "sd1", "sd2" or "sdxl", by where the text encoders lie or, without any, by the UNet's context width."""
     for family in ("sdxl", "sd2", "sd1"):
-        if any(key.startswith(TEXT_PLACES[family][0][0]) for key in state_dict):
+        if any(key.startswith(PLACES[family][0][0]) for key in state_dict):
             return family
     if any(".label_emb." in key for key in state_dict):
         return "sdxl"
@@ -73,12 +55,12 @@ def load_single_file(
         unet, vae, _ = ldm_to_diffusers(
             {k: v for k, v in weights.items() if not k.startswith(("cond_", "conditioner"))}
         )
-        texts = [read_text_encoder(weights, *place) for place in TEXT_PLACES[family]]
+        texts = [text_encoder_from_ldm(weights, *place) for place in PLACES[family]]
         lacking = [name for name, part in (("VAE", vae), *(("text encoder", text) for text in texts)) if not part]
         if lacking:
             raise ValueError(f"it has no {' and no '.join(lacking)}; a teacher needs all parts")
         unet, _ = fold_gamma(unet, embedded)
-        scheduler = known.get("scheduler") or {**architecture.scheduler, "prediction_type": _prediction(
+        scheduler = known.get("scheduler") or {**architecture.scheduler, "prediction_type": prediction_of(
             prediction_type, metadata, weights, family, unet
         )}  # fmt: skip
         if "unet" in known:
@@ -115,58 +97,7 @@ def to_single_file(
     family: str,
 ) -> StateDict:
     """LDM state dict of diffusers parts; vae None and texts [] leave them out."""
-    single = diffusers_to_ldm(unet, vae)
-    for weights, (prefix, open_clip) in zip(texts, TEXT_PLACES[family], strict=False):
-        plain = {key.removeprefix("text_model."): w for key, w in weights.items() if not key.endswith("position_ids")}
-        single |= {prefix + key: weight for key, weight in (_to_open_clip(plain) if open_clip else plain).items()}
-    return single
-
-
-def read_text_encoder(weights: Mapping[str, Tensor], prefix: str, open_clip: bool) -> StateDict:
-    """A text encoder of a single file under transformers' names without "text_model."; empty if there is none."""
-    found = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
-    if not open_clip:
-        return {key: weight for key, weight in found.items() if not key.endswith("position_ids")}
-    plain: StateDict = {}
-    for key, weight in found.items():
-        if key in _OPEN_CLIP:
-            plain[_OPEN_CLIP[key]] = weight
-        elif key == "text_projection":
-            plain["text_projection.weight"] = weight.T.contiguous()
-        elif key.startswith("transformer.resblocks."):
-            number, _, rest = key.removeprefix("transformer.resblocks.").partition(".")
-            layer = f"encoder.layers.{number}"
-            module, _, kind = rest.rpartition(".")
-            if rest.startswith("attn.in_proj_"):
-                for name, part in zip("qkv", weight.chunk(3), strict=True):
-                    plain[f"{layer}.self_attn.{name}_proj.{rest.removeprefix('attn.in_proj_')}"] = part.clone()
-            else:
-                plain[f"{layer}.{_OPEN_CLIP_LAYER[module]}.{kind}"] = weight
-    return plain
-
-
-def _to_open_clip(plain: Mapping[str, Tensor]) -> StateDict:
-    """transformers' names without "text_model." to OpenCLIP's: q, k and v in one matrix, the projection transposed."""
-    names = {new: old for old, new in _OPEN_CLIP.items()}
-    layers = {new: old for old, new in _OPEN_CLIP_LAYER.items()}
-    result: StateDict = {}
-    for key, weight in plain.items():
-        if key in names:
-            result[names[key]] = weight
-        elif key == "text_projection.weight":
-            result["text_projection"] = weight.T.contiguous()
-        elif key.startswith("encoder.layers."):
-            number, _, rest = key.removeprefix("encoder.layers.").partition(".")
-            module, _, kind = rest.rpartition(".")
-            place = f"transformer.resblocks.{number}"
-            if module in layers:
-                result[f"{place}.{layers[module]}.{kind}"] = weight
-            elif module == "self_attn.q_proj":
-                three = [plain[key.replace("q_proj", f"{name}_proj")] for name in "qkv"]
-                result[f"{place}.attn.in_proj_{kind}"] = torch.cat(three)
-        else:
-            raise ValueError(f"text encoder: the key {key!r} has no counterpart in OpenCLIP")
-    return result
+    return diffusers_to_ldm(unet, vae) | (text_encoders_to_ldm(texts, family) if texts else {})
 
 
 def load_text_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -191,7 +122,7 @@ def _clip(known: dict | None, default: CLIPTextConfig) -> CLIPTextConfig:
     return CLIPTextConfig.from_dict(known) if known else default
 
 
-def _prediction(
+def prediction_of(
     asked: str | None, metadata: Mapping[str, str], weights: Mapping[str, Tensor], family: str, unet: StateDict
 ) -> str:
     """What the network predicts. SD2.1's two files differ in nothing but their training: one predicts v at 768 px.

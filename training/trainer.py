@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import clip_grad_norm_
 
 from splam_core import (
     Denoiser,
@@ -53,6 +55,7 @@ from .networks import (
 )
 from .optimizers import build_optimizer
 from .pipeline import Conditioning, Pipeline, unet_arguments
+from .sharding import gathered_optimizer, sharded_optimizer, sharding_mesh
 from .validation import Score, Validation
 
 GRID = 50  # t is uniform on the timesteps that few-step sampling picks from: 19, 39, .., 999
@@ -78,17 +81,13 @@ class Distillation:
 
     def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP shards the student's weights, of which the target and the checkpoints need the whole: it is not "
-                "supported. Take training/configs/ddp.yaml, with --lora if the memory is short, or deepspeed_zero2."
-            )
+        mesh = sharding_mesh(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
         self.data = open_data(config.data, pipeline, config.data_options, whole, config.seed + 1)
         self.negative = pipeline.unconditional()
         if not self.data.needs_encoders and accelerator.device.type != "cpu":
             pipeline.encoders_to("cpu")  # they come in for sheets only
-        self.networks = (LoraNetworks if config.lora else FullNetworks)(pipeline, config)
+        self.networks = LoraNetworks(pipeline, config) if config.lora else FullNetworks(pipeline, config, mesh)
         optimizer = build_optimizer(
             config.optimizer,
             self.networks.trainable(),
@@ -97,7 +96,10 @@ class Distillation:
             (config.adam_beta1, config.adam_beta2),
             config.adam_epsilon,
         )
-        self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
+        if self.networks.sharded:
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
         conditioning = gamma_conditioning(config)
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
@@ -158,7 +160,9 @@ class Distillation:
         for turn in range(many):
             start = self.samples + (turn * accelerator.num_processes + accelerator.process_index) * batch
             last = turn + 1 == many
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.networks.student):
+            # Sharded gradients are summed as shards: waiting for the last batch would take them whole.
+            together = last or self.networks.sharded
+            with contextlib.nullcontext() if together else accelerator.no_sync(self.networks.student):
                 loss = self.loss(range(start, start + batch))
                 # A checkpointed backward pass runs forward again and must pick the same attention.
                 with _attention(accelerator.device):
@@ -175,7 +179,7 @@ class Distillation:
             since = time.perf_counter()
             loss = accelerator.reduce(self._backward(), "mean").item()
             self._watch(loss)
-            norm = accelerator.clip_grad_norm_(self.networks.trainable(), config.max_grad_norm)
+            norm = self._clip()
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * self._schedule()
             self.optimizer.step()
@@ -195,6 +199,12 @@ class Distillation:
             # After the caller has logged the step, so that a log never lacks a step that its checkpoint has.
             if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
                 self.save()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient to --max-grad-norm; its norm [] before that."""
+        if self.networks.sharded:  # accelerate clips only what it has sharded itself
+            return clip_grad_norm_(self.networks.trainable(), self.config.max_grad_norm).full_tensor()
+        return self.accelerator.clip_grad_norm_(self.networks.trainable(), self.config.max_grad_norm)
 
     def _watch(self, loss: float) -> None:
         """Raises FloatingPointError for a loss that is not finite or explodes. It is the same on every process."""
@@ -220,7 +230,10 @@ class Distillation:
         return warm * (1 - done) if name == "linear" else warm
 
     def validate(self) -> dict[str, Score]:
-        """Scores of the target and, where there is one, of the release average; keeps `best/` of the lowest loss."""
+        """Scores of the target and, where there is one, of the release average; keeps `best/` of the lowest loss.
+
+        For the main process, and with sharded networks for all of them at once.
+        """
         config = self.config
         if self.validation is None:
             latents, conditioning = self.data.held_out(config.validation_samples)
@@ -237,10 +250,14 @@ class Distillation:
             )
         with self.accelerator.autocast():
             scores = {role: self.validation(role) for role in ("target", "release") if self.networks.weights(role)}
+        if self.networks.sharded:  # rounding must not make processes disagree on which is best
+            (scores,) = broadcast_object_list([scores])
         role = min(scores, key=lambda one: scores[one].loss)
         if self.best is None or scores[role].loss < self.best["loss"]:
             self.best = {"step": self.step, "role": role, "loss": scores[role].loss}
-            self._write(config.output_dir / "best", {"student": self.networks.weights(role)}, {**self.best})
+            weights = {"student": self.networks.whole(role)}
+            if self.accelerator.is_main_process:
+                self._write(config.output_dir / "best", weights, {**self.best})
         return scores
 
     def _write(self, folder: Path, weights: dict, state: dict) -> None:
@@ -256,10 +273,11 @@ class Distillation:
         config, accelerator = self.config, self.accelerator
         folder = config.output_dir / f"checkpoint-{self.step}"
         names = ("student", "target", "release")
-        weights = {name: self.networks.weights(name) for name in names if self.networks.weights(name)}
+        weights = {name: self.networks.whole(name) for name in names if self.networks.weights(name)}
         scaler = getattr(accelerator, "scaler", None)
+        moments = self.optimizer.state_dict()
         optimizer = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered_optimizer(moments) if self.networks.sharded else moments,
             "scaler": scaler.state_dict() if scaler else {},
             "random": torch.get_rng_state(),
         }
@@ -296,11 +314,15 @@ class Distillation:
         folder = latest_checkpoint(self.config.output_dir) if wanted == "latest" else Path(wanted)
         if folder is None:
             return None
-        weights, optimizer, state = read_checkpoint(folder, self.pipeline.device)
+        sharded = self.networks.sharded
+        weights, optimizer, state = read_checkpoint(folder, "cpu" if sharded else self.pipeline.device, mmap=sharded)
         try:
             for name in ("student", "target", "release"):
                 load_weights(self.networks, name, weights.get(name, {}))
-            self.optimizer.load_state_dict(optimizer["optimizer"])
+            moments = optimizer["optimizer"]
+            self.optimizer.load_state_dict(
+                sharded_optimizer(moments, self.networks.trainable()) if sharded else moments
+            )
             if optimizer["scaler"] and getattr(self.accelerator, "scaler", None):
                 self.accelerator.scaler.load_state_dict(optimizer["scaler"])
             torch.set_rng_state(optimizer["random"].cpu())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from splam_core import Denoiser, NoiseSchedule, add_noise, few_step_timesteps, multiple_estimation, predict_epsilon
+from splam_core import add_noise, few_step_timesteps
 
 from .data import draws
-from .generate import guided_output
 from .networks import Networks
-from .pipeline import Conditioning, Pipeline, unet_arguments
+from .pipeline import Conditioning, Pipeline
+from .scoring.curves import mean_squares, student_function, teacher_function, teacher_path
 
 STEPS = 4  # the timesteps judged are those of four-step sampling
 SEED_OFFSET = 0x7A11D  # of the noise, so that it is not that of any training sample
@@ -22,7 +22,8 @@ SEED_OFFSET = 0x7A11D  # of the noise, so that it is not that of any training sa
 class Score:
     """`loss`: RMS distance between F(x_t, t) and the end of the teacher's guided DDIM path from x_t, over all samples.
 
-    `delta`: by timestep t, the mean |F(x_t, t) - F(x_s, s)|, s = t-k on the same path: the paper's delta(t, k).
+    `delta`: by timestep t, the mean |F(x_t, t) - F(x_s, s)| over all components, with x_s, s = t-k, on the same path.
+    It is the paper's delta(t, k) where the student trains; evaluate.py's, of equal noise, needs no teacher.
     """
 
     loss: float
@@ -57,49 +58,25 @@ class Validation:
                 chosen = chosen.to(latents.device)
                 one = {key: value[chosen] for key, value in conditioning.items()}
                 x_t = add_noise(latents[chosen], noise[chosen], torch.tensor(t), pipeline.schedule)
-                x_s, end = self._path(x_t, t, one, negative, guidance_scale, solver_skip)
-                self.groups.append((t, x_t, x_s, end, one))
-
-    @torch.no_grad()
-    def _path(
-        self, x_t: Tensor, t: int, conditioning: Conditioning, negative: Conditioning, w: float, solver_skip: int
-    ) -> tuple[Tensor, Tensor]:
-        """x at t-k and at 0 on the guided DDIM path."""
-        pipeline, schedule = self.pipeline, self.pipeline.schedule
-
-        def teacher(x: Tensor, t: Tensor) -> Tensor:
-            output = guided_output(pipeline, x, t, conditioning, negative, w)
-            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
-
-        steps = -(-(t + 1) // solver_skip)
-        start = torch.full((len(x_t),), t, device=x_t.device)
-        with self.networks.use("teacher"):
-            path = multiple_estimation(teacher, x_t, start, steps * solver_skip, solver_skip, schedule, True)
-        # One more denoising at t = 0, which the path ends at, is below what a picture shows.
-        return path[min(self.skip // solver_skip, steps)], path[-1]
+                teacher = teacher_function(pipeline, one, negative, guidance_scale)
+                with networks.use("teacher"):
+                    path = teacher_path(teacher, x_t, t, pipeline.schedule, solver_skip)
+                self.groups.append((t, x_t, path[min(skip // solver_skip, len(path) - 1)], path[-1], one))
 
     @torch.no_grad()
     def __call__(self, role: str) -> Score:
         squares, counts, differences = {}, {}, {}
         with self.networks.use(role) as unet:
+            judged = replace(self.pipeline, unet=unet)
             for t, x_t, x_s, end, conditioning in self.groups:
-                F = _consistency(unet, self.pipeline.schedule, self.pipeline.prediction_type, conditioning)
-                here, there = F(x_t, t), F(x_s, max(0, t - self.skip))
-                squares[t] = squares.get(t, 0.0) + (here - end).double().square().sum().item()
-                differences[t] = differences.get(t, 0.0) + (here - there).double().abs().sum().item()
-                counts[t] = counts.get(t, 0) + here.numel()
+                F = student_function(judged, conditioning, {})
+                start = torch.full((len(x_t),), t, device=x_t.device)
+                here, there = F(x_t, start), F(x_s, (start - self.skip).clamp(min=0))
+                squares[t] = squares.get(t, 0.0) + mean_squares(here - end).sum().item()
+                differences[t] = differences.get(t, 0.0) + (here - there).double().abs().flatten(1).mean(1).sum().item()
+                counts[t] = counts.get(t, 0) + len(x_t)
         return Score(
             loss=(sum(squares.values()) / sum(counts.values())) ** 0.5,
             endpoint_error={t: (squares[t] / counts[t]) ** 0.5 for t in counts},
             delta={t: differences[t] / counts[t] for t in counts},
         )
-
-
-def _consistency(unet: nn.Module, schedule: NoiseSchedule, prediction_type: str, conditioning: Conditioning):
-    """F at gamma = 1 as a function of (x, timestep)."""
-    denoiser = Denoiser(schedule, prediction_type)
-
-    def net(x: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
-        return unet(x.to(unet.dtype), t, **unet_arguments(conditioning, unet.dtype)).sample.to(x)
-
-    return lambda x, t: denoiser(net, x, None, None, torch.full((len(x),), t, device=x.device))

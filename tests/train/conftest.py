@@ -34,6 +34,8 @@ def write_tiny(folder, xl=False):
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 32,
         "attention_head_dim": 2,
+        # Not 32: a group norm of one channel a group would take the timestep out again.
+        "norm_num_groups": 8,
     }
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -78,6 +80,14 @@ def write_tiny(folder, xl=False):
         )
     whole.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Latents and whatever else is cached stay out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPLAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from splam_core import NoiseSchedule
-from training.curves import TIMESTEPS, delta, endpoint_error, student_function, teacher_endpoints, teacher_function
 from training.generate import generate
 from training.pipeline import load_pipeline
+from training.scoring.curves import (
+    TIMESTEPS,
+    delta,
+    endpoint_error,
+    student_function,
+    teacher_endpoints,
+    teacher_function,
+)
 
 pytestmark = pytest.mark.train
 

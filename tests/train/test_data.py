@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 import threading
 from collections import Counter
@@ -14,14 +15,16 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from training import samples
-from training.data import PROMPTS, DataOptions, decisions, default_spec, open_data, sift
-from training.images import aspect_buckets, crop, load_picture, nearest_bucket, picture_size
-from training.latents import Encoder, teacher_latents
-from training.order import Order
+from training.data import DataOptions, default_spec, open_data, samples
+from training.data.base import sift
+from training.data.images import aspect_buckets, crop, load_picture, nearest_bucket, picture_size
+from training.data.latents import Encoder, teacher_latents
+from training.data.order import Order
+from training.data.prompts import compose
+from training.data.random_numbers import decisions
+from training.data.samples import PROMPTS
+from training.data.sources import Record, Skip, open_source
 from training.pipeline import load_pipeline
-from training.prompts import compose
-from training.sources import Record, Skip, open_source
 
 pytestmark = pytest.mark.train
 CAPTIONS = [f"a picture of number {number}" for number in range(12)]
@@ -182,7 +185,7 @@ def test_all_kinds_of_one_set_give_the_same_records(tmp_path):
 
 
 def test_a_dataset_streams_as_it_reads(tmp_path):
-    from training.sources import dataset
+    from training.data.sources import dataset
 
     file = make_parquet(tmp_path / "table.parquet", bad=[3])
     still, stream = (dataset("t", [str(file)], streaming=streaming) for streaming in (False, True))
@@ -444,6 +447,14 @@ def test_a_stream_skips_and_stops_too(pipeline, options, tmp_path):
         assert [skip.name for skip in data.skipped] == ["part-001.tar"]
         with pytest.raises(ValueError, match=r"(?s)1 of 7 records are bad.*part-001\.tar"):
             open_data(spec, pipeline, options(max_skipped_share=0.1), 8, 0).batch(range(8))
+
+
+def test_no_sample_at_all_is_one_clear_error(pipeline, options, tmp_path):
+    make_tars(tmp_path, 1)
+    folder, tars = str(make_folder(tmp_path / "pictures")), str(tmp_path / "*.tar")
+    for spec in (folder, tars):
+        with pytest.raises(ValueError, match=rf"{re.escape(spec)}: expected one sample or more, found none.* too few"):
+            open_data(spec, pipeline, options(), 4, 0).batch(range(0))
 
 
 def test_latents_that_are_not_finite_are_skipped(pipeline):

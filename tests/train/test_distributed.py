@@ -1,7 +1,8 @@
-"""Two processes are one with a batch of twice the size."""
+"""Two processes are one with a batch of twice the size, with whole weights or with shards of them."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from training import trainer
+from training.config import parse
+from training.sharding import sharding_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "training" / "configs"
 pytestmark = [pytest.mark.train, pytest.mark.skipif(sys.platform == "win32", reason="no gloo launcher")]
 # One step of plain gradient descent: what it moves the weights by is the learning rate times the gradient.
 DESCENT = """
@@ -29,32 +33,68 @@ distill(parse(sys.argv[1:]))
 """
 
 
-def launch(arguments, processes, script):
+# Each process leaves how much it holds of every role.
+HOLDINGS = """
+import json, sys
+from pathlib import Path
+import training.trainer
+from training.config import parse
+from training.distill import distill
+from training.sharding import own_shards
+config, update = parse(sys.argv[1:]), training.trainer.update_averages
+def holdings(networks, *rest):
+    held = {role: networks.weights(role) for role in ("student", "target", "release")}
+    held["teacher"] = own_shards(networks.teacher.state_dict())
+    sizes = {role: sum(weight.numel() for weight in weights.values()) for role, weights in held.items()}
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    Path(config.output_dir, f"held-{torch.distributed.get_rank()}.json").write_text(json.dumps(sizes))
+    update(networks, *rest)
+import torch
+training.trainer.update_averages = holdings
+distill(config)
+"""
+
+
+def launch(arguments, processes, script, sharded=False):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port),
-        str(script), *arguments,
-    ]  # fmt: skip
+    command = (
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp.yaml"),
+            "--num_processes", str(processes), "--main_process_port", str(port), str(script), *arguments,
+        ]
+        if sharded
+        else [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+            "--master-port", str(port), str(script), *arguments,
+        ]
+    )  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("mode", [(), ("--lora", "--lora-rank", "4")])
+@pytest.mark.parametrize(
+    ("mode", "sharded"),
+    [
+        ((), False),
+        (("--lora", "--lora-rank", "4"), False),
+        (("--gradient-checkpointing", "--gradient-accumulation-steps", "2"), True),
+    ],
+)
 def test_two_processes_of_n_have_the_gradient_of_one_of_2n(
-    small, command_line, tiny_pipeline, tmp_path, monkeypatch, mode
+    small, command_line, tiny_pipeline, tmp_path, monkeypatch, mode, sharded
 ):
     script, two, one = tmp_path / "descent.py", tmp_path / "two", tmp_path / "one"
     script.write_text(DESCENT)
     options = (*mode, "--learning-rate", "1", "--lr-scheduler", "constant", "--max-grad-norm", "1e9")
-    launch(command_line(tiny_pipeline, two, 1, more=(*options, "--train-batch-size", "2")), 2, script)
+    launch(command_line(tiny_pipeline, two, 1, more=(*options, "--train-batch-size", "2")), 2, script, sharded)
     monkeypatch.setattr(trainer, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
     small(tiny_pipeline, one, 1, *options, "--train-batch-size", 4)
     results = {}
     for name, out in (("two", two), ("one", one)):
-        assert json.loads((out / "checkpoint-1" / "state.json").read_text())["samples"] == 4
+        assert json.loads((out / "checkpoint-1" / "state.json").read_text())["samples"] == (8 if "2" in mode else 4)
         results[name] = load_file(out / "checkpoint-1" / "student.safetensors")
         (line,) = (out / "log.jsonl").read_text().splitlines()
         results[name + " loss"] = json.loads(line)["loss"]
@@ -67,3 +107,96 @@ def test_two_processes_of_n_have_the_gradient_of_one_of_2n(
     for key, weight in results["one"].items():
         assert (results["two"][key] - weight).abs().max() < 1e-4 * largest, key
     assert any(not torch.equal(results["two"][key], begun.get(key, torch.zeros(1))) for key in moved)
+
+
+@pytest.fixture(scope="module")
+def sharded(command_line, tiny_pipeline, tmp_path_factory):
+    """A run of 12 steps in two processes' shards, with all that is shown: its folder."""
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "holdings.py").write_text(HOLDINGS)
+    (folder / "prompts.txt").write_text("a red circle\n")  # one: a sheet takes many steps
+    out, more = folder / "out", (*SHOWN, "--sample-prompts", str(folder / "prompts.txt"))
+    launch(command_line(tiny_pipeline, out, 12, more=more), 2, folder / "holdings.py", sharded=True)
+    return out
+
+
+SHOWN = (
+    "--checkpointing-steps", "11", "--sample-every", "12", "--validation-samples", "4", "--lr-scheduler", "constant",
+    "--skip", "40",
+)  # fmt: skip
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_process_holds_its_share_of_every_network(sharded):
+    held = [json.loads((sharded / f"held-{rank}.json").read_text()) for rank in range(2)]
+    for role, name in (("student", "student"), ("target", "target"), ("release", "release"), ("teacher", None)):
+        file = sharded / "checkpoint-12" / f"{name}.safetensors" if name else sharded / "pipeline" / "unet"
+        weights = load_file(file if name else file / "diffusion_pytorch_model.safetensors")
+        whole = sum(weight.numel() for weight in weights.values())
+        assert sum(one[role] for one in held) == whole, role
+        assert max(one[role] for one in held) < 0.6 * whole, role
+
+
+def test_shards_train_show_and_export_as_one_process_does(small, tiny_pipeline, sharded, tmp_path):
+    prompts = sharded.parent / "prompts.txt"
+    small(tiny_pipeline, tmp_path, 12, *SHOWN, "--train-batch-size", 4, "--sample-prompts", prompts)
+    for ours, theirs in zip(read_lines(sharded / "log.jsonl"), read_lines(tmp_path / "log.jsonl"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+    (ours,), (theirs,) = (read_lines(folder / "validation.jsonl") for folder in (sharded, tmp_path))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    begun = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    for role in ("student", "target", "release"):
+        ours, theirs = (load_file(out / "checkpoint-12" / f"{role}.safetensors") for out in (sharded, tmp_path))
+        # Adam divides gradients by their size, so that where they are near 0 rounding shows: compared in the mean.
+        apart = sum((ours[key] - weight).abs().sum() for key, weight in theirs.items())
+        moved = sum((theirs[key] - weight).abs().sum() for key, weight in begun.items())
+        assert moved > 0 and apart < 0.01 * moved, role
+    best = json.loads((sharded / "best" / "state.json").read_text())["role"]
+    exported = load_file(sharded / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    finished = load_file(sharded / "checkpoint-12" / f"{best}.safetensors")
+    for key, weight in exported.items():
+        assert torch.equal(weight, finished[key].to(weight.dtype)), key
+    assert (sharded / "sheet-000012.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_checkpoint_of_shards_goes_on(small, command_line, tiny_pipeline, sharded, tmp_path, processes):
+    shutil.copytree(sharded / "checkpoint-11", tmp_path / "checkpoint-11")
+    more = (*SHOWN, "--validation-samples", "0", "--sample-every", "0", "--resume-from-checkpoint", "latest")
+    if processes == 2:
+        arguments = command_line(tiny_pipeline, tmp_path, 12, more=more)
+        launch(arguments, 2, ROOT / "training" / "distill.py", sharded=True)
+    else:
+        small(tiny_pipeline, tmp_path, 12, *more, "--train-batch-size", 4)
+    loss = read_lines(tmp_path / "log.jsonl")[-1]["loss"]
+    assert loss == pytest.approx(read_lines(sharded / "log.jsonl")[-1]["loss"], rel=0 if processes == 2 else 1e-5)
+    for role in ("student", "target", "release"):
+        ours, theirs = (load_file(out / "checkpoint-12" / f"{role}.safetensors") for out in (tmp_path, sharded))
+        for key, weight in theirs.items():
+            # The same processes: the same bits. Other ones: two roundings of a weight near 1.
+            assert (ours[key] - weight).abs().max() <= (0 if processes == 2 else 2.4e-7), (role, key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "version", "expected"),
+    [
+        (["--lora"], "2", "ddp.yaml"),
+        (["--optimizer", "adafactor"], "2", "adamw"),
+        (["--compile"], "2", "--compile"),
+        ([], "1", "fsdp_version: 2"),
+    ],
+)
+def test_what_shards_do_not_go_with_is_refused(monkeypatch, tmp_path, arguments, version, expected):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    config = parse(["--teacher", "embedded", "--output-dir", str(tmp_path), "--mixed-precision", "no", *arguments])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=expected):
+            sharding_mesh(config, None)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,7 +1,6 @@
 """Generation is a matter of prompt and seed, can be stopped and shared, and scores are what they say."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,34 +14,27 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from splam_core import guidance_embedding, lora_to_kohya, renoise_generator
-from training import report
-from training.drawing import draw, load_model
 from training.embedded.loop import to_tensor
 from training.embedded.scenes import scene
-from training.embedded_scores import EmbeddedScores, drawn_captions, rendered
 from training.evaluate import Request, evaluate, main
 from training.generate import generate
-from training.pictures import read_picture
 from training.pipeline import load_pipeline
+from training.scoring import report
+from training.scoring.drawing import draw, load_model
+from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
+from training.scoring.pictures import read_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
 
 
-@pytest.fixture(scope="module")
-def tiny_pipeline(tiny_pipeline, tmp_path_factory):
-    """The tiny pipeline with a UNet that sees its timestep: a group norm of one channel a group takes it out again."""
-    folder = tmp_path_factory.mktemp("grouped") / "pipeline"
-    shutil.copytree(tiny_pipeline, folder)
-    config = UNet2DConditionModel.load_config(tiny_pipeline / "unet")
-    torch.manual_seed(1)
-    unet = UNet2DConditionModel.from_config({**config, "norm_num_groups": 8}).eval()
-    unet.save_pretrained(folder / "unet")
+@torch.no_grad()
+def test_the_tiny_unet_sees_its_timestep(tiny_pipeline):
+    """Without it the tests of samplers and curves would be blind to half of what can go wrong."""
+    unet = load_pipeline(tiny_pipeline).unet
     x, embeds = torch.randn(1, 4, 16, 16), torch.zeros(1, 77, 32)
-    with torch.no_grad():
-        early, late = (unet(x, t, embeds).sample for t in (19, 999))
+    early, late = (unet(x, t, embeds).sample for t in (19, 999))
     assert (early - late).abs().max() > 0.01 * early.std()
-    return folder
 
 
 def command(*arguments):
@@ -159,7 +151,7 @@ def test_pictures_in_memory_are_those_on_disk(tiny_pipeline, whole):
 
 
 def test_a_stopped_run_goes_on_and_broken_pictures_are_made_again(tiny_pipeline, whole, tmp_path):
-    from training.pictures import PictureFolder
+    from training.scoring.pictures import PictureFolder
 
     class Stopped(Exception):
         pass
@@ -198,7 +190,7 @@ def test_shares_of_two_processes_make_the_whole(tiny_pipeline, whole, tmp_path, 
 
 
 def test_waiting_has_an_end(tmp_path):
-    from training.pictures import PictureFolder
+    from training.scoring.pictures import PictureFolder
 
     folder = PictureFolder(tmp_path, {})
     folder.save(0, torch.zeros(3, 8, 8, dtype=torch.uint8))
@@ -247,6 +239,9 @@ def test_a_merged_lora_is_pefts(tiny_pipeline, tmp_path, names):
         bias = 0.3 * torch.randn(adapted.time_embedding.linear_1.bias.shape, generator=generator)
         lora["lora_unet_time_embedding_linear_1.diff_b"] = bias
         adapted.time_embedding.linear_1.base_layer.bias += bias
+        norm = 0.3 * torch.randn(adapted.conv_norm_out.weight.shape, generator=generator)
+        lora["lora_unet_conv_norm_out.diff"] = norm
+        adapted.conv_norm_out.weight += norm
     if names == "ldm":  # as SDXL's are named
         pairs = {"mid_block_resnets_0_conv1": "middle_block_0_in_layers_2", "time_embedding_linear_1": "time_embed_0"}
         lora = {next((k.replace(a, b) for a, b in pairs.items() if a in k), k): v for k, v in lora.items()}

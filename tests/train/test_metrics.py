@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from training.evaluate import Request, evaluate, main
-from training.metrics import frechet_distance, frechet_distance_clipped, frechet_of_gaussians, nearest_distances
-from training.perceptual import (
+from training.scoring.metrics import frechet_distance, frechet_distance_clipped, frechet_of_gaussians, nearest_distances
+from training.scoring.perceptual import (
     ReferenceSet,
     clip_score,
     image_files,
@@ -22,7 +22,7 @@ from training.perceptual import (
     load_inception,
     square,
 )
-from training.protocols import protocol_captions, read_captions
+from training.scoring.protocols import protocol_captions, read_captions
 
 pytestmark = pytest.mark.train
 

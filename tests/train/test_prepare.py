@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from training.data import DataOptions, at_resolution, open_data
-from training.latents import Encoder
+from training.data.latents import Encoder
 from training.pipeline import load_pipeline
 from training.prepare import Preparation, parse, share
 
@@ -89,7 +89,7 @@ def test_training_on_a_prepared_set_calls_no_encoder(pipeline, pictures, tmp_pat
 def test_kill_9_keeps_what_was_finished(tiny_pipeline, pipeline, pictures, tmp_path):
     folder, whole = tmp_path / "set", tmp_path / "whole"
     # Slow pictures, so that there is a middle to be killed in.
-    slow = "import time, runpy, sys, training.latents as l; load = l.load_picture\n"
+    slow = "import time, runpy, sys, training.data.latents as l; load = l.load_picture\n"
     slow += "l.load_picture = lambda p: (time.sleep(0.2), load(p))[1]\n"
     slow += (
         f"sys.argv = {command(tiny_pipeline, pictures, folder)[1:]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..images import to_tensor
+from ..data.images import to_tensor
 from .scenes import scene
 
 

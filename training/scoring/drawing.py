@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from splam_core import fold_gamma
 
+from ..embedded.scenes import Caption
+from ..generate import generate, unet_evaluations
+from ..merge_lora import merge_lora
+from ..pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
+from ..teachers import resolve
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
-from .embedded.scenes import Caption
 from .embedded_scores import drawn_captions, rendered
-from .generate import generate, unet_evaluations
-from .merge_lora import merge_lora
 from .pictures import PictureFolder, Source, batches_of
-from .pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
 from .protocols import PROTOCOLS, protocol_captions
-from .teachers import resolve
 
 if TYPE_CHECKING:
-    from .evaluate import Request
+    from ..evaluate import Request
 
 SCENE_SOURCES = ("renders", "reconstructions")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -149,7 +149,7 @@ def load_model(request: Request) -> Pipeline:
         folded, _ = fold_gamma(unet.state_dict(), embedded)
         unet.load_state_dict(folded, strict=False)
     if request.lora:
-        merge_lora(pipeline, request.lora, request.lora_scale)
+        merge_lora(unet.state_dict(), request.lora, request.lora_scale)
     return pipeline
 
 

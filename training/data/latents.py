@@ -20,9 +20,9 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .generate import guided_output
+from ..generate import guided_output
+from ..pipeline import Pipeline
 from .images import crop, load_picture
-from .pipeline import Pipeline
 from .sources import Record, Skip
 
 GROUP = 8  # pictures encoded at once, always the same ones together, so that a sample never depends on who made it

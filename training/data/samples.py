@@ -17,17 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import (
-    FEW,
-    PROMPTS,
-    DataOptions,
-    TrainingData,
-    cache_folder,
-    cache_settings,
-    check_skipped,
-    encoder_of,
-    sift,
-)
+from ..pipeline import Pipeline
+from .base import FEW, TrainingData, cache_folder, cache_settings, check_skipped, encoder_of, sift
 from .latents import (
     GROUP,
     META,
@@ -39,11 +30,12 @@ from .latents import (
     write_shard,
     write_whole,
 )
+from .options import DataOptions
 from .order import Order
-from .pipeline import Pipeline
 from .sources import Listing, Record, Skip, Stream, digest
 
 log = logging.getLogger(__name__)
+PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # what is trained on without --data
 MEMORY = 2**30  # bytes of samples that are kept in memory
 SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
 

@@ -1,6 +1,6 @@
 """The prompts that training falls back on when it is given no data: phrases put together by hand-written patterns.
 
-    python -m training.prompts > training/prompts.txt
+    python -m training.data.prompts > training/data/prompts.txt
 
 Each family of subjects has patterns whose slots only take phrases that fit. The list is always the same.
 """
@@ -241,5 +241,5 @@ def _tables(text: str) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    print("# Made by training/prompts.py; see there.")
+    print("# Made by training/data/prompts.py; see there.")
     print("\n".join(compose()))

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..teachers import HUB_ID
 from .images import EXTENSIONS, Picture
 from .tars import BROKEN, bare, expand, is_url, members, sections
-from .teachers import HUB_ID
 
 CAPTIONS = ("caption", "text", "txt", "prompt", "TEXT")
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")

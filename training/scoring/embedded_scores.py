@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedded.judge import Judge, load_judge
-from .embedded.loop import to_tensor
-from .embedded.scenes import Caption, draw_caption, parse_caption, place, render, scene
+from ..data.images import to_tensor
+from ..embedded.judge import Judge, load_judge
+from ..embedded.scenes import Caption, draw_caption, parse_caption, place, render, scene
+from ..pipeline import ASSETS
 from .metrics import (
     frechet_distance,
     frechet_distance_clipped,
     nearest_distances,
 )
-from .pipeline import ASSETS
 
 REFERENCE_SCENES = 2048
 REFERENCE_SEED = 0x5EED  # of the rendered scenes that the Frechet distance compares with

@@ -20,8 +20,8 @@ from splam_core import (
     predict_epsilon,
 )
 
-from .generate import guided_output
-from .pipeline import Conditioning, Pipeline
+from ..generate import guided_output
+from ..pipeline import Conditioning, Pipeline
 
 Function = Callable[[Tensor, Tensor], Tensor]
 Endpoints = dict[int, tuple[Tensor, Tensor]]  # t -> (x_t, where the teacher's path from there ends)
@@ -44,21 +44,23 @@ def teacher_endpoints(
 
     From t = 999 that is 50 steps. The costly half of `endpoint_error`: it can be kept while a student trains.
     """
-    ends = {}
-    for t in timesteps:
-        x_t = add_noise(latents, noise, _full(latents, t), schedule)
-        skip = -(-t // solver_skip) * solver_skip  # clamped at 0 by multiple_estimation
-        ends[t] = x_t, multiple_estimation(teacher, x_t, _full(latents, t), skip, solver_skip, schedule)
-    return ends
+    noised = {t: add_noise(latents, noise, _full(latents, t), schedule) for t in timesteps}
+    return {t: (x_t, teacher_path(teacher, x_t, t, schedule, solver_skip)[-1]) for t, x_t in noised.items()}
+
+
+@torch.no_grad()
+def teacher_path(
+    teacher: Function, x_t: Tensor, t: int, schedule: NoiseSchedule, solver_skip: int = SOLVER_SKIP
+) -> list[Tensor]:
+    """The points of the DDIM path from x_t, at t, t - solver_skip, .., 0; a last step that is shorter ends at 0 too."""
+    skip = -(-t // solver_skip) * solver_skip  # clamped at 0 by multiple_estimation
+    return multiple_estimation(teacher, x_t, _full(x_t, t), skip, solver_skip, schedule, return_path=True)
 
 
 @torch.no_grad()
 def endpoint_squares(student: Function, endpoints: Endpoints) -> dict[int, Tensor]:
     """For each t the squared distance of F(x_t, t) to the path's end, averaged over the components of a sample: [B]."""
-    return {
-        t: (student(x_t, _full(x_t, t)) - end).double().square().flatten(1).mean(1)
-        for t, (x_t, end) in endpoints.items()
-    }
+    return {t: mean_squares(student(x_t, _full(x_t, t)) - end) for t, (x_t, end) in endpoints.items()}
 
 
 def endpoint_error(
@@ -95,7 +97,7 @@ def delta_samples(
             points[t] = student(add_noise(latents, noise, _full(latents, t), schedule), _full(latents, t))
         return points[t]
 
-    return {t: (at(t) - at(t - skip)).double().square().flatten(1).mean(1).sqrt() for t in timesteps}
+    return {t: mean_squares(at(t) - at(t - skip)).sqrt() for t in timesteps}
 
 
 def delta(
@@ -140,6 +142,11 @@ def teacher_function(
         return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
 
     return epsilon
+
+
+def mean_squares(difference: Tensor) -> Tensor:
+    """The mean square over the components of each sample: [B, ...] -> [B]."""
+    return difference.double().square().flatten(1).mean(1)
 
 
 def _full(x: Tensor, t: int) -> Tensor:

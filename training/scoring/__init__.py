@@ -1,0 +1,1 @@
+"""How good a model is: pictures drawn for scoring, the scores of the protocols, and the curves over timesteps."""
