@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.config import Config
+from training.config import parse
 from training.evaluate import Request, evaluate
 
 from .comfy_server import ROOT
@@ -73,11 +73,11 @@ def train(name: str, options: argparse.Namespace) -> None:
         "num_scenes": 1024,
     }
     settings |= METHODS[name]
-    cost = Config(teacher="embedded", **settings).unet_forwards_per_sample
-    settings["max_train_steps"] = round(options.budget / (cost * options.train_batch_size))
     flags = [text for key, value in settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]
-    command = [sys.executable, ROOT / "training" / "distill.py", "--teacher", "embedded", "--output-dir", folder]
-    subprocess.run([*command, "--resume-from-checkpoint", "latest", *flags], check=True)
+    flags = ["--teacher", "embedded", "--output-dir", str(folder), "--resume-from-checkpoint", "latest", *flags]
+    steps = round(options.budget / (parse(flags).unet_forwards_per_sample * options.train_batch_size))
+    command = [sys.executable, ROOT / "training" / "distill.py", *flags, "--max-train-steps", str(steps)]
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
