@@ -8,9 +8,9 @@ and LCMScheduler, with ComfyUI's mask rule on top for inpainting. Where diffuser
 "splam" is compared with that too, and the larger of the two differences is written. Both sides compute in fp32 on the
 CPU, on random weights.
 
-Route "splam" is SPLAM Loader (for SDXL UNETLoader and a LoRA) and SPLAM Sampler. Route "stock" is what LCM tutorials
-say: UNETLoader, ModelSamplingDiscrete "lcm", KSampler with lcm and sgm_uniform; its reference takes the host's noises.
-The small shapes are as wide as the real ones at their first level, since ComfyUI recognises no other, and less deep.
+Route "splam" is SPLAM Loader (for SDXL UNETLoader and SPLAM LoRA Loader) and SPLAM Sampler. Route "stock" is what
+LCM tutorials say: UNETLoader, ModelSamplingDiscrete "lcm", KSampler with lcm and sgm_uniform; its reference takes the host's
+noises. The small shapes are as wide as the real ones at their first level, since ComfyUI recognises no other, and less deep.
 --full-size adds the true SD1.5 (860 M parameters, with and without cond_proj; needs 8 GB of memory).
 """
 
@@ -256,7 +256,7 @@ def host_renoise_offset(comfyui: Path) -> int:
 # --- the host
 
 
-def graph_of(case: Case, route: str, object_info: dict, scheduler: str = "sgm_uniform") -> dict:
+def graph_of(case: Case, route: str, scheduler: str = "sgm_uniform") -> dict:
     """The API-form graph of a case, ending in SaveLatent."""
     shape, task = SHAPES[case.shape], case.task
     file = f"{case.shape}.safetensors"
@@ -277,7 +277,9 @@ def graph_of(case: Case, route: str, object_info: dict, scheduler: str = "sgm_un
         graph["model"] = _node("UNETLoader", unet_name=file, weight_dtype="default")
     model = ["model", 0]
     if shape.lora:
-        graph["lora"] = _lora(route, model, file, object_info)
+        lora = {"model": model, "lora_name": file, "strength_model": 1.0}
+        ours = _node("SPLAMLoraLoader", **lora, strength_clip=1.0)
+        graph["lora"] = ours if route == "splam" else _node("LoraLoaderModelOnly", **lora)
         model = ["lora", 0]
     common = {"positive": ["positive", 0], "latent_image": source, "seed": SEED, "steps": task.steps}
     common["denoise"] = task.strength
@@ -293,16 +295,6 @@ def graph_of(case: Case, route: str, object_info: dict, scheduler: str = "sgm_un
 
 def _node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
-
-
-def _lora(route: str, model: list, file: str, object_info: dict) -> dict:
-    """SPLAM LoRA Loader where it takes a MODEL without a CLIP, else the host's own."""
-    ours = object_info.get("SPLAMLoraLoader", {"input": {"required": {"clip": ()}}})
-    if route == "splam" and "clip" not in ours["input"]["required"]:
-        inputs = {"model": model, "lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
-        known = ours["input"]["required"] | ours["input"].get("optional", {})
-        return _node("SPLAMLoraLoader", **{key: value for key, value in inputs.items() if key in known})
-    return _node("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
 
 
 def measure(
@@ -326,10 +318,9 @@ def measure(
     helper.symlink_to(ROOT / "benchmarks" / "conditioning_node", target_is_directory=True)
     rows = []
     with ComfyServer(comfyui, folder, arguments=("--cpu",)) as server:
-        object_info = server.get("/object_info")
         for case in cases:
             for route, scheduler, name in ways(case, routes):
-                (file,) = server.files(server.run(graph_of(case, route, object_info, scheduler)))
+                (file,) = server.files(server.run(graph_of(case, route, scheduler)))
                 found = load(file)["latent_tensor"] * SHAPES[case.shape].scaling_factor
                 error = max(relative_error(found, expected) for expected in case.expected[route])
                 row = {"case": f"{case.shape} {name}", "steps": case.task.steps, "route": route, "error": error}
