@@ -9,8 +9,9 @@ and LCMScheduler, with ComfyUI's mask rule on top for inpainting. Where diffuser
 CPU, on random weights.
 
 Route "splam" is SPLAM Loader (for SDXL UNETLoader and SPLAM LoRA Loader) and SPLAM Sampler. Route "stock" is what
-LCM tutorials say: UNETLoader, ModelSamplingDiscrete "lcm", KSampler with lcm and sgm_uniform; its reference takes the host's
-noises. The small shapes are as wide as the real ones at their first level, since ComfyUI recognises no other, and less deep.
+LCM tutorials say: UNETLoader, ModelSamplingDiscrete "lcm", KSampler with lcm and sgm_uniform; its reference takes the
+host's noises. The small shapes are as wide as the real ones at their first level, since ComfyUI recognises no other,
+and less deep.
 --full-size adds the true SD1.5 (860 M parameters, with and without cond_proj; needs 8 GB of memory).
 """
 
