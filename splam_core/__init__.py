@@ -22,10 +22,11 @@ from .gamma import (
 from .objective import Objective, ema_update, l2, pseudo_huber, sample_gamma, subpath_for
 from .sampler import add_noise, cpu_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
-from .solver import ddim_step, guided, multiple_estimation
+from .solver import SOLVERS, ddim_step, guided, multiple_estimation
 from .subpath import DirectLinking, SubPath, SubPathLinear
 
 __all__ = [
+    "SOLVERS",
     "Denoiser",
     "DirectLinking",
     "NoiseSchedule",

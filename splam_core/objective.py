@@ -69,6 +69,7 @@ class Objective:
     skip: int = 100  # k, timesteps a sub-path spans
     solver_skip: int = 20  # k_phi, timesteps a teacher step spans; divides skip
     distance: Callable[[Tensor], Tensor] = pseudo_huber  # difference [B, ...] -> [B]
+    solver: str = "ddim"  # the teacher's, one of SOLVERS
 
     def __post_init__(self) -> None:
         expected = type(subpath_for(self.method, self.denoiser.schedule))
@@ -94,7 +95,8 @@ class Objective:
         """
         s = (t - self.skip).clamp(min=0)
         with torch.no_grad():
-            x_s = multiple_estimation(teacher, x_t, t, self.skip, self.solver_skip, self.denoiser.schedule)
+            schedule = self.denoiser.schedule
+            x_s = multiple_estimation(teacher, x_t, t, self.skip, self.solver_skip, schedule, self.solver)
             goal = self.denoiser(target, x_s, None, None, s)
         if self.method == "lcm":
             x_gamma, gamma = x_t, None

@@ -1,9 +1,10 @@
-"""The teacher: classifier-free guidance, a DDIM step, and Multiple Estimation (eq. 18)."""
+"""The teacher: classifier-free guidance, its solvers' steps, and Multiple Estimation (eq. 18)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .denoiser import predict_x0
@@ -11,6 +12,8 @@ from .schedule import NoiseSchedule, broadcast_to
 
 # (x [B, ...], timesteps [B]) -> guided epsilon [B, ...], the prompt being closed over.
 Teacher = Callable[[Tensor, Tensor], Tensor]
+
+SOLVERS = ("ddim", "dpm-solver++")
 
 
 def guided(epsilon_cond: Tensor, epsilon_uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -31,21 +34,46 @@ def multiple_estimation(
     skip: int,
     solver_skip: int,
     schedule: NoiseSchedule,
+    solver: str = "ddim",
     return_path: bool = False,
 ) -> Tensor | list[Tensor]:
-    """x_s, s = max(t-skip, 0), by skip/solver_skip DDIM steps of solver_skip timesteps (eq. 18).
+    """x_s, s = max(t-skip, 0), by skip/solver_skip steps of solver_skip timesteps (eq. 18).
 
     x_t: [B, ...]; t: [B]; skip is k, solver_skip is k_phi. A sample that reaches timestep 0 stays there.
+    solver: "ddim" (the paper's), or "dpm-solver++", whose steps after the first are of second order (2M, Lu et al.).
     return_path: the list of all points from x_t to x_s instead. Runs in the wider of x_t's and schedule's dtypes.
-    Raises ValueError unless solver_skip divides skip.
+    Raises ValueError unless solver_skip divides skip, and for an unknown solver.
     """
     if solver_skip < 1 or skip < solver_skip or skip % solver_skip:
         raise ValueError(
             f"skip must be a multiple of solver_skip, got skip={skip}, solver_skip={solver_skip}: "
             f"a jump is made of whole teacher steps."
         )
-    path = [x_t]
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
+    path, x0_before, t_before = [x_t], None, None
     for done in range(0, skip, solver_skip):
-        here, there = (t - done).clamp(min=0), (t - done - solver_skip).clamp(min=0)
-        path.append(ddim_step(path[-1], teacher(path[-1], here), here, there, schedule))
+        x, here, there = path[-1], (t - done).clamp(min=0), (t - done - solver_skip).clamp(min=0)
+        epsilon = teacher(x, here)
+        if solver == "dpm-solver++":
+            x0 = predict_x0(epsilon, x, schedule.alpha(here), schedule.sigma(here), "epsilon")
+            if x0_before is not None:
+                epsilon = _second_order(epsilon, x0, x0_before, t_before, here, there, schedule)
+            x0_before, t_before = x0, here
+        path.append(ddim_step(x, epsilon, here, there, schedule))
     return path if return_path else path[-1]
+
+
+def _second_order(
+    epsilon: Tensor, x0: Tensor, x0_before: Tensor, t_before: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """The epsilon with which a DDIM step from t to s is one of DPM-Solver++(2M): x0 is extrapolated along log-SNR.
+
+    By half the ratio of this step to the one before, at most half: the last steps before t = 0 are very long in
+    log-SNR, and following the line so far out costs more than it gains.
+    """
+    before, now, then = ((schedule.alpha(u) / schedule.sigma(u)).log() for u in (t_before, t, s))
+    gap = now - before
+    ratio = torch.where(gap > 0, (then - now) / gap.where(gap > 0, 1), 0).clamp(max=1)
+    weight = broadcast_to(ratio / 2 * schedule.alpha(t) / schedule.sigma(t), epsilon)
+    return epsilon - weight * (x0 - x0_before)

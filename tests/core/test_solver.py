@@ -99,3 +99,52 @@ def test_jumps_stop_at_timestep_zero(schedule):
 def test_a_jump_is_made_of_whole_steps(schedule, skip, solver_skip):
     with pytest.raises(ValueError, match=f"skip={skip}, solver_skip={solver_skip}"):
         multiple_estimation(lambda x, t: x, torch.ones(1, 1), torch.tensor([999]), skip, solver_skip, schedule)
+
+
+def test_dpm_solver_equals_diffusers_from_the_second_step_on(schedule):
+    """High on the schedule, where each step is shorter in log-SNR than the one before, so that nothing is limited."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=2, lower_order_final=False
+    )
+    scheduler.set_timesteps(timesteps=[999, 949, 899, 849, 799])
+    levels = torch.stack([schedule.alpha(u) for u in torch.tensor([999, 949, 899, 849, 799])])
+    scheduler.sigmas = torch.cat([(1 - levels**2).sqrt() / levels, torch.zeros(1).double()])
+    x = torch.randn(2, 5, dtype=torch.float64)
+    expected = [x]
+    for t in scheduler.timesteps[:4]:
+        expected.append(scheduler.step(torch.sin(3 * expected[-1]) + t / 1000, t, expected[-1]).prev_sample)
+    path = multiple_estimation(
+        lambda x, t: torch.sin(3 * x) + t[:, None] / 1000,
+        x, torch.tensor([999, 999]), 200, 50, schedule, "dpm-solver++", return_path=True,
+    )  # fmt: skip
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(path, expected, strict=True))
+
+
+def test_dpm_solver_converges_at_second_order(schedule, gaussian):
+    t, skip = torch.tensor([979]), 960
+    x_t = gaussian.at(torch.tensor([[1.5, -0.4, 0.1]]).double(), t)
+    exact = gaussian.flow(x_t, t, t - skip)
+    errors = [
+        (multiple_estimation(gaussian.epsilon, x_t, t, skip, k_phi, schedule, "dpm-solver++") - exact).abs().max()
+        for k_phi in (48, 24, 12, 6)
+    ]
+    ratios = [float(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert all(3.2 < ratio < 4.8 for ratio in ratios), (errors, ratios)
+
+
+def test_dpm_solver_starts_with_ddim_and_rests_at_zero(schedule):
+    """Samples of one batch that reach timestep 0 at different steps."""
+    t, x = torch.tensor([19, 119, 0]), torch.randn(3, 5, dtype=torch.float64)
+    path = multiple_estimation(lambda x, t: torch.cos(x), x, t, 200, 100, schedule, "dpm-solver++", return_path=True)
+    first = multiple_estimation(lambda x, t: torch.cos(x), x, t, 100, 100, schedule)
+    assert torch.equal(path[1], first)
+    assert torch.allclose(path[2][0], path[1][0], atol=1e-14)
+    assert torch.allclose(path[2][2], x[2], atol=1e-14)
+    assert not torch.allclose(path[2][1], path[1][1])
+    assert torch.isfinite(path[2]).all()
+
+
+def test_an_unknown_solver_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"'ddim', 'dpm-solver\+\+'.*'heun'"):
+        multiple_estimation(lambda x, t: x, torch.ones(1, 1), torch.tensor([999]), 100, 20, schedule, "heun")
