@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
+from splam_core import SOLVERS
+
 from .data import DataOptions
 from .optimizers import OPTIMIZERS
 from .teachers import TEACHERS, list_teachers
@@ -18,21 +20,32 @@ LORA_TARGETS = (
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-# What differs from the defaults below for any teacher but the embedded one: the paper's recipe, except its batch of
-# 1024 on eight A100s, which is scaled to one GPU. Presets (teachers.py) add k, k_phi, w and the loss.
+# What differs from the defaults below for any teacher but the embedded one: the paper's budget, except its batch of
+# 1024 on eight A100s, which is scaled to one GPU. Presets (teachers.py) add w and the loss.
 FULL_SIZE: dict[str, Any] = {
     "max_train_steps": 6000,
     "train_batch_size": 16,
     "learning_rate": 8e-6,
     "lr_warmup_steps": 500,
     "lr_scheduler": "constant",
-    "gamma_conditioning": "embedding",
-    "gamma_one_probability": 0.0,
     "release_decay": 0.999,
     "gradient_checkpointing": True,
     "checkpointing_steps": 500,
     "sample_every": 500,
     "validation_samples": 16,
+}
+# How a student is trained, by --recipe. "default" is what docs/reproduction.md found best, and stands in the fields
+# below; "paper" is Algorithm 1 with the settings of the paper's section 4.1; presets add their own k and k_phi to it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "skip": 100,
+        "solver": "ddim",
+        "solver_skip": 20,
+        "gamma_conditioning": "embedding",
+        "gamma_one_probability": 0.0,
+        "timestep_power": 0.0,
+    },
 }
 # A LoRA learns at a higher rate than whole weights.
 LORA_LEARNING_RATE = 1e-4
@@ -63,13 +76,16 @@ class Config:
     method: str = _flag(
         "splam", "SLAD (eq. 17), latent consistency (eq. 7) or Direct Linking (eq. 27)", ("splam", "lcm", "dl")
     )
+    recipe: str = _flag(
+        "default", "what is not set otherwise is as we found it best (default) or as in the paper", tuple(RECIPES)
+    )
     lora: bool = _flag(False, "train a LoRA on the teacher instead of a copy of it; one UNet serves as all three")
     lora_rank: int = _flag(64, "rank of the LoRA", also=("--rank",))
     lora_alpha: float | None = _flag(None, "its alpha, the update being alpha/rank * up @ down; none: the rank")
     lora_target_modules: str | None = _flag(
         None, "names of adapted layers, separated by commas; none: attention, feed-forward, projections, convolutions"
     )
-    max_train_steps: int = _flag(1300, "optimizer steps")
+    max_train_steps: int = _flag(2400, "optimizer steps")
     train_batch_size: int = _flag(32, "pictures a step, process and accumulation")
     gradient_accumulation_steps: int = _flag(1, "batches a step")
     learning_rate: float = _flag(3e-4, "8e-6 is the paper's for SD1.5 at batch 1024")
@@ -83,12 +99,18 @@ class Config:
     lr_scheduler: str = _flag("cosine", "how the learning rate goes on", LR_SCHEDULERS)
     max_grad_norm: float = _flag(10.0, "gradients are clipped to this norm")
     guidance_scale: float = _flag(3.0, "w of eq. 18: eps = w*cond + (1-w)*uncond, so that 1 is no guidance")
-    skip: int = _flag(100, "k: timesteps that one sub-path spans")
-    solver_skip: int = _flag(20, "k_phi: timesteps of one DDIM step; k/k_phi of them make the Multiple Estimation")
+    skip: int = _flag(150, "k: timesteps that one sub-path spans")
+    solver: str = _flag("dpm-solver++", "the teacher's; dpm-solver++ is of second order, ddim the paper's", SOLVERS)
+    solver_skip: int = _flag(
+        50, "k_phi: timesteps of a teacher step, of which k/k_phi make the Multiple Estimation; if only k is set, less"
+    )
     gamma_conditioning: str = _flag("noise-level", "how the student is told gamma", ("embedding", "noise-level"))
     gamma_bandwidth: float = _flag(1000.0, "of the gamma embedding; 10000 is the authors'")
     gamma_one_probability: float = _flag(
-        0.5, "share of draws at exactly gamma = 1, the point that sampling uses; 0 is the paper's"
+        0.75, "share of draws at exactly gamma = 1, the point that sampling uses; 0 is the paper's"
+    )
+    timestep_power: float = _flag(
+        0.5, "timesteps are drawn in proportion to t to this power: few steps are made high up; 0 is the paper's"
     )
     sigma_level: str = _flag("linear", "noise level inside a sub-path", ("linear", "independent"))
     loss_type: str = _flag("huber", "pseudo-Huber or squared error", ("huber", "l2"))
@@ -124,13 +146,15 @@ class Config:
     measure: bool = _flag(False, "with --plan: time a few steps as well, and add hours")
 
     def __post_init__(self) -> None:
-        if self.solver_skip < 1 or self.skip % self.solver_skip:
+        if self.skip < 1 or self.solver_skip < 1 or self.skip % self.solver_skip:
             raise ValueError(f"--solver-skip must divide --skip, got {self.solver_skip} and {self.skip}")
         for name in (
             "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "lora_rank"
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.timestep_power < 0:
+            raise ValueError(f"--timestep-power must be 0 or more, got {self.timestep_power}")
         for name in ("ema_decay", "release_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -166,7 +190,8 @@ class _ListTeachers(argparse.Action):
 def parse(arguments: list[str] | None = None, description: str | None = None) -> Config:
     """A Config from the command line; `--some-flag` and `--some_flag` are one.
 
-    What the user does not set comes from the teacher's preset, then from FULL_SIZE or the fields' own defaults.
+    What the user does not set comes from the teacher's preset, then from FULL_SIZE, the recipe and the fields' own
+    defaults.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -194,17 +219,23 @@ def complete(given: dict[str, Any]) -> Config:
     own = {entry.name for entry in fields(Config)}
     options = {key: value for key, value in given.items() if key not in own}
     given = {key: value for key, value in given.items() if key in own}
-    defaults: dict[str, Any] = {}
+    recipe = given.get("recipe", "default")
+    defaults: dict[str, Any] = {**RECIPES[recipe]}
     preset = TEACHERS.get(given["teacher"])
     embedded = given["teacher"] in ("embedded", "embedded-teacher")
+    if preset and recipe == "paper":
+        defaults |= {"skip": preset.skip, "solver_skip": preset.solver_skip}
     if not embedded:
         defaults |= FULL_SIZE
         if preset:
-            defaults |= {key: getattr(preset, key) for key in ("skip", "solver_skip", "guidance_scale", "loss_type")}
+            defaults |= {"guidance_scale": preset.guidance_scale, "loss_type": preset.loss_type}
             if any(entry.name == "resolution" for entry in fields(DataOptions)):
                 options = {"resolution": preset.resolution, **options}
         if given.get("lora"):
             defaults["learning_rate"] = LORA_LEARNING_RATE
+    if given.get("skip", 0) > 0 and "solver_skip" not in given:  # whole steps, none longer than usual
+        usual = defaults.get("solver_skip", Config.solver_skip)
+        given["solver_skip"] = max(step for step in range(1, usual + 1) if given["skip"] % step == 0)
     if given.get("use_8bit_adam"):
         given["optimizer"] = "adamw-8bit"
     if given.get("optimizer") == "prodigy":

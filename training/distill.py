@@ -185,6 +185,7 @@ def _finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path 
     metadata = {
         "splam.method": config.method,
         "splam.skip": str(config.skip),
+        "splam.solver": config.solver,
         "splam.solver_skip": str(config.solver_skip),
         "splam.guidance_scale": str(config.guidance_scale),
         "splam.teacher": Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
@@ -206,7 +207,7 @@ def _finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path 
         "exported": role,
         **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
         "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
-        "k, k_phi, w": f"{config.skip}, {config.solver_skip}, {config.guidance_scale:g}",
+        "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
         "teacher (SHA-256 of its weights)": digest,
         "samples skipped": len(skipped),
     }

@@ -240,6 +240,7 @@ def _kept_metadata(source: str) -> dict[str, str]:
     kept = (
         "splam.method",
         "splam.skip",
+        "splam.solver",
         "splam.solver_skip",
         "splam.guidance_scale",
         "splam.teacher",

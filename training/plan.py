@@ -242,8 +242,8 @@ def describe(config: Config, found: Plan) -> str:
     ]
     lines = [
         f"{config.method.upper()} of {config.teacher}: {kind}, UNet of {found.unet_parameters / 1e6:.1f} M parameters",
-        f"k={config.skip}, k_phi={config.solver_skip}, w={config.guidance_scale:g}, {config.loss_type}, "
-        f"gamma by {gamma_conditioning(config)}, learning rate {config.learning_rate:g}, "
+        f"k={config.skip}, k_phi={config.solver_skip} ({config.solver}), w={config.guidance_scale:g}, "
+        f"{config.loss_type}, gamma by {gamma_conditioning(config)}, learning rate {config.learning_rate:g}, "
         f"mixed precision {config.mixed_precision}, "
         f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",

@@ -58,7 +58,7 @@ from .pipeline import Conditioning, Pipeline, unet_arguments
 from .sharding import gathered_optimizer, sharded_optimizer, sharding_mesh
 from .validation import Score, Validation
 
-GRID = 50  # t is uniform on the timesteps that few-step sampling picks from: 19, 39, .., 999
+GRID = 50  # training sees the timesteps that few-step sampling picks from: 19, 39, .., 999
 # The loss explodes when the mean of WINDOW steps is EXPLOSION times the least mean of any WINDOW steps before them.
 WINDOW, EXPLOSION = 20, 100.0
 
@@ -104,7 +104,7 @@ class Distillation:
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
         denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, conditioning, subpath)
-        self.objective = Objective(denoiser, config.method, config.skip, config.solver_skip, distance)
+        self.objective = Objective(denoiser, config.method, config.skip, config.solver_skip, distance, config.solver)
         self.projected = conditioning == "embedding"
         self.validation: Validation | None = None
         self.step, self.samples = 0, 0
@@ -134,8 +134,7 @@ class Distillation:
         schedule = pipeline.schedule
         latents, conditioning = self.data.batch(indices)
         noise, u_t, u_gamma = (part.to(latents.device) for part in draws(self.config.seed, indices, latents.shape[1:]))
-        spacing = schedule.num_train_timesteps // GRID
-        t = ((u_t * GRID).long() + 1) * spacing - 1
+        t = draw_timesteps(u_t, schedule.num_train_timesteps, self.config.timestep_power)
         x_t = add_noise(latents, noise, t, schedule)
 
         def teacher(x: Tensor, t: Tensor) -> Tensor:
@@ -244,7 +243,6 @@ class Distillation:
                 conditioning,
                 config.guidance_scale,
                 config.skip,
-                config.solver_skip,
                 config.seed,
                 config.train_batch_size,
             )
@@ -336,6 +334,12 @@ class Distillation:
         for left in self.config.output_dir.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         return folder
+
+
+def draw_timesteps(u: Tensor, num_train_timesteps: int, power: float) -> Tensor:
+    """Uniform u [B] in [0, 1) to timesteps [B] of the grid of GRID, of a density in proportion to t**power."""
+    place = (u ** (1 / (1 + power)) * GRID).long().clamp(max=GRID - 1)  # a u just below 1 may be rounded up to it
+    return (place + 1) * (num_train_timesteps // GRID) - 1
 
 
 def _attention(device: torch.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from splam_core import add_noise, few_step_timesteps
 from .data import draws
 from .networks import Networks
 from .pipeline import Conditioning, Pipeline
-from .scoring.curves import mean_squares, student_function, teacher_function, teacher_path
+from .scoring.curves import SOLVER_SKIP, mean_squares, student_function, teacher_function, teacher_path
 
 STEPS = 4  # the timesteps judged are those of four-step sampling
 SEED_OFFSET = 0x7A11D  # of the noise, so that it is not that of any training sample
@@ -42,13 +43,13 @@ class Validation:
         conditioning: Conditioning,
         guidance_scale: float,
         skip: int,
-        solver_skip: int,
         seed: int,
         batch_size: int,
     ) -> None:
         self.pipeline, self.networks, self.skip = pipeline, networks, skip
         self.groups: list[tuple[int, Tensor, Tensor, Tensor, Conditioning]] = []
         negative = pipeline.unconditional()
+        step = math.gcd(SOLVER_SKIP, skip)  # so that x_s lies on the path
         grid = few_step_timesteps(STEPS, num_train_timesteps=pipeline.schedule.num_train_timesteps).tolist()
         noise = draws(seed + SEED_OFFSET, range(len(latents)), latents.shape[1:])[0].to(latents)
         for place, t in enumerate(grid):
@@ -60,8 +61,8 @@ class Validation:
                 x_t = add_noise(latents[chosen], noise[chosen], torch.tensor(t), pipeline.schedule)
                 teacher = teacher_function(pipeline, one, negative, guidance_scale)
                 with networks.use("teacher"):
-                    path = teacher_path(teacher, x_t, t, pipeline.schedule, solver_skip)
-                self.groups.append((t, x_t, path[min(skip // solver_skip, len(path) - 1)], path[-1], one))
+                    path = teacher_path(teacher, x_t, t, pipeline.schedule, step)
+                self.groups.append((t, x_t, path[min(skip // step, len(path) - 1)], path[-1], one))
 
     @torch.no_grad()
     def __call__(self, role: str) -> Score:

@@ -125,9 +125,9 @@ def test_a_missing_teacher_is_one_clear_error(tmp_path):
 def test_flags_take_dashes_and_underscores_and_are_checked(capsys):
     assert parse(["--teacher", "embedded", "--max_train_steps", "7"]).max_train_steps == 7
     assert parse(["--teacher", "embedded", "--max-train-steps", "7"]).max_train_steps == 7
-    assert parse(["--teacher", "embedded"]).unet_forwards_per_sample == 14
+    assert parse(["--teacher", "embedded"]).unet_forwards_per_sample == 10
     with pytest.raises(SystemExit):
-        parse(["--teacher", "embedded", "--skip", "50"])
+        parse(["--teacher", "embedded", "--skip", "50", "--solver-skip", "20"])
     assert "--solver-skip must divide --skip" in capsys.readouterr().err
 
 
@@ -158,7 +158,8 @@ def diffusers_loss(folder, pipeline, w, latents, embeds, nothing, noise, t):
 def test_the_loss_of_epsilon_and_v_teachers_is_diffusers(request, tmp_path, teacher, lora):
     folder = request.getfixturevalue(teacher)
     config = parse([
-        "--teacher", str(folder), "--method", "lcm", "--skip", "20", "--loss-type", "l2", "--guidance-scale", "4",
+        "--teacher", str(folder), "--recipe", "paper", "--method", "lcm", "--skip", "20", "--guidance-scale", "4",
+        "--loss-type", "l2",
         "--teacher-dtype", "fp32", "--data", "embedded", "--num-scenes", "32", "--no-cache-latents", "--seed", "3",
         "--cache-dtype", "fp32", "--lora" if lora else "--no-lora",
     ])  # fmt: skip

@@ -23,7 +23,7 @@ def test_sd15_as_a_lora_fits_8_gb():
     assert found.frozen == 2 * 859_520_964 and found.optimizer == 8 * found.trained_parameters
     assert found.peak(config.train_batch_size) < 8e9
     text = describe(config, found)
-    assert f"UNet evaluations {6000 * 16 * 14}" in text and "pictures 96000" in text
+    assert f"UNet evaluations {6000 * 16 * 10}" in text and "pictures 96000" in text
 
 
 def test_sdxl_as_a_lora_fits_16_gb():
@@ -35,15 +35,24 @@ def test_sdxl_as_a_lora_fits_16_gb():
 
 def test_presets_give_what_was_not_set():
     config = parse(["--teacher", "sd21-v", "--plan"])
-    assert (config.skip, config.solver_skip, config.guidance_scale, config.loss_type) == (20, 20, 8.0, "l2")
+    assert (config.skip, config.solver_skip, config.guidance_scale, config.loss_type) == (150, 50, 8.0, "l2")
     assert config.data_options.resolution == 768 and config.learning_rate == 8e-6 and config.max_train_steps == 6000
-    config = parse(["--teacher", "sd21-v", "--plan", "--skip", "40", "--learning_rate", "1e-5", "--rank", "8"])
-    assert (config.skip, config.learning_rate, config.lora_rank) == (40, 1e-5, 8)
+    config = parse(["--teacher", "sd21-v", "--plan", "--skip", "120", "--learning_rate", "1e-5", "--rank", "8"])
+    assert (config.skip, config.solver_skip, config.learning_rate, config.lora_rank) == (120, 40, 1e-5, 8)
     embedded = complete({"teacher": "embedded"})
     assert (embedded.gamma_conditioning, embedded.gamma_one_probability, embedded.learning_rate) == (
-        "noise-level", 0.5, 3e-4,
+        "noise-level", 0.75, 3e-4,
     )  # fmt: skip
-    assert (embedded.train_batch_size, embedded.max_train_steps, embedded.mixed_precision) == (32, 1300, "no")
+    assert (embedded.train_batch_size, embedded.max_train_steps, embedded.mixed_precision) == (32, 2400, "no")
+
+
+@pytest.mark.parametrize("teacher, k, k_phi", [("sd15", 100, 20), ("sd21-v", 20, 20), ("embedded", 100, 20)])
+def test_the_papers_recipe_is_there_to_ask_for(teacher, k, k_phi):
+    config = parse(["--teacher", teacher, "--recipe", "paper", "--plan"])
+    assert (config.skip, config.solver_skip, config.solver) == (k, k_phi, "ddim")
+    assert (config.gamma_conditioning, config.gamma_one_probability, config.timestep_power) == ("embedding", 0.0, 0.0)
+    config = parse(["--teacher", teacher, "--recipe", "paper", "--gamma-conditioning", "noise-level", "--skip", "60"])
+    assert (config.gamma_conditioning, config.skip, config.solver_skip) == ("noise-level", 60, 20)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
