@@ -1,0 +1,468 @@
+"""What `benchmarks.reproduction` measured, as docs/results/*.json, plots, and the tables of docs/reproduction.md.
+
+    python -m benchmarks.reproduction_report --work-dir runs/reproduction --docs docs
+
+A table stands in the page between `<!-- NAME -->` and `<!-- end -->`, and is written anew; the words around it stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import geometric_mean, mean
+from typing import Any
+
+import matplotlib
+
+from .comfy_server import ROOT
+from .reproduction import ALL, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+
+# Students of the same group compare at once; these are read together. (group, method) -> its name in tables.
+HEADLINE = {
+    ("k20", "lcm"): "LCM, k=20 (the paper's LCM)",
+    ("k100", "lcm"): "LCM, k=100, ME",
+    ("k100", "lcm-random-jump"): "LCM, random jump up to 100, ME",
+    ("k100", "dl-embedding"): "DL, embedding",
+    ("k100", "splam-embedding"): "SPLAM, embedding (`--recipe paper`)",
+    ("k100", "splam-noise-level"): "SPLAM, noise level",
+    ("k100", "splam-noise-level-half"): "SPLAM, noise level, gamma = 1 in half",
+    ("default", "splam-default"): "SPLAM, default recipe",
+    ("default", "lcm"): "LCM, the default recipe's jumps",
+}
+LCM = ("k20", "lcm")
+RECIPES = {"paper": ("k100", "splam-embedding"), "default": ("default", "splam-default")}
+SINGLE = {20: "k20", 40: "k40-single", 100: "k100-single", 200: "k200-single"}
+MULTIPLE = {40: "k40", 100: "k100", 200: "k200"}
+TIMESTEPS = ("999", "759", "499", "259")
+
+
+class Results:
+    """The rows of a work folder."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+
+    @classmethod
+    def read(cls, work: Path) -> Results:
+        """Raises FileNotFoundError if nothing has been measured."""
+        files = sorted(file for name in ("teacher", *GROUPS) for file in work.glob(f"{name}-seed*.json"))
+        if not files:
+            raise FileNotFoundError(f"{work} holds no results: run python -m benchmarks.reproduction first")
+        return cls([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))])
+
+    def where(self, **wanted: Any) -> Results:
+        return Results([row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())])
+
+    def having(self, key: str) -> Results:
+        return Results([row for row in self.rows if key in row])
+
+    def near(self, unet_forwards: int) -> Results:
+        """Rows at the mark of this budget: of each run, those whose own budget is the nearest to it."""
+        found = []
+        for group, method, seed in {(row["group"], row["method"], row["seed"]) for row in self.rows}:
+            rows = self.where(group=group, method=method, seed=seed).rows
+            best = min((row["unet_forwards"] for row in rows), key=lambda one: abs(one - unet_forwards))
+            found += [row for row in rows if row["unet_forwards"] == best]
+        return Results(found)
+
+    def values(self, key: str) -> list[float]:
+        return [row[key] for row in sorted(self.rows, key=lambda row: row["seed"] or 0) if key in row]
+
+    def curve(self, seed: int) -> list[Row]:
+        return sorted(self.where(seed=seed).having("endpoint_error").rows, key=lambda row: row["unet_forwards"])
+
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.rows})
+
+
+def error(row: Row) -> float:
+    """The endpoint errors of a row as one number: their geometric mean, so that every timestep counts the same."""
+    return geometric_mean(row["endpoint_error"].values())
+
+
+def at_iteration(curve: Sequence[Row], iteration: int) -> float | None:
+    """`error` on a training curve, on the line between the two measurements around it."""
+    for before, after in pairwise(curve):
+        if before["iterations"] <= iteration <= after["iterations"]:
+            share = (iteration - before["iterations"]) / (after["iterations"] - before["iterations"])
+            return error(before) + share * (error(after) - error(before))
+    return None
+
+
+def reach(curve: Sequence[Row], wanted: float) -> float | None:
+    """The budget at which `error` first is down to `wanted`, on the line between measurements; None if never."""
+    for before, after in zip([None, *curve], curve, strict=False):
+        if error(after) > wanted:
+            continue
+        if before is None:
+            return after["unet_forwards"]
+        share = (error(before) - wanted) / (error(before) - error(after))
+        return before["unet_forwards"] + share * (after["unet_forwards"] - before["unet_forwards"])
+    return None
+
+
+def quality(results: Results) -> list[dict[str, Any]]:
+    """docs/results/quality.json: the recipes against the paper's LCM at the same budget, seed by seed."""
+    teacher = results.where(group="teacher", method="teacher", guidance_scale=TEACHER_W).values("frechet_distance")[0]
+    lcm = results.where(group=LCM[0], method=LCM[1])
+    return [
+        _against(recipe, results.where(group=group, method=method), lcm, teacher)
+        for recipe, (group, method) in RECIPES.items()
+    ]
+
+
+def _against(recipe: str, ours: Results, lcm: Results, teacher: float) -> dict[str, Any]:
+    """Means over seeds of ratios to LCM of the same seed; null where a seed never got there."""
+    seeds = [seed for seed in ours.seeds() if seed in lcm.seeds()]
+    entry: dict[str, Any] = {"recipe": recipe, "unet_forwards": LONG, "seeds": seeds}
+
+    def last(one: Results, seed: int, steps: int, key: str) -> float:
+        return one.where(seed=seed, steps=steps).near(LONG).values(key)[0]
+
+    def add(name: str, of: Callable[[int], float | None]) -> None:
+        values = [of(seed) for seed in seeds]
+        entry[name] = None if None in values else mean(values)
+        entry[f"{name}_by_seed"] = values
+
+    for key, name in (
+        ("frechet_distance", "ratio"),
+        ("frechet_distance_clipped", "clipped_ratio"),
+        ("frechet_distance_teacher", "ratio_by_teacher_pictures"),
+    ):
+        for steps in (1, 2, 4):
+            add(
+                f"{name}_to_lcm_{steps}",
+                lambda seed, steps=steps, key=key: last(ours, seed, steps, key) / last(lcm, seed, steps, key),
+            )
+    key = "frechet_distance"
+    add("ratio_to_teacher50_4", lambda seed: last(ours, seed, 4, key) / teacher)
+    add("ratio_at_2_to_lcm_at_4", lambda seed: last(ours, seed, 2, key) / last(lcm, seed, 4, key))
+    for t in TIMESTEPS:
+
+        def ratio(seed: int, t: str = t) -> float:
+            a, b = (one.curve(seed)[-1]["endpoint_error"][t] for one in (ours, lcm))
+            return a / b
+
+        add(f"endpoint_error_to_lcm_{t}", ratio)
+
+    def compute(seed: int) -> float | None:
+        best = min(lcm.curve(seed), key=error)
+        found = reach(ours.curve(seed), error(best))
+        return None if found is None else found / best["unet_forwards"]
+
+    add("compute_to_reach_lcm_best", compute)
+    return entry
+
+
+def figures(results: Results) -> list[Row]:
+    """docs/results/reproduction.json: every measurement, under each figure that it belongs to."""
+    keys = ("figure", "method", "group", "k", "multiple_estimation", "steps", "seed", "teacher_evaluations")
+    found: list[Row] = []
+
+    def add(figure: str, rows: Iterable[Row]) -> None:
+        for row in rows:
+            row = {"figure": figure, **{"steps": None, "k": None, "multiple_estimation": None}, **row}
+            found.append({**{key: row[key] for key in keys}, **row})
+
+    pictures, curves = results.having("attribute_accuracy"), results.having("endpoint_error")
+    final = [row for group, method in HEADLINE for row in pictures.where(group=group, method=method).near(LONG).rows]
+    teacher = pictures.where(group="teacher")
+    add("table1", [*teacher.where(guidance_scale=TEACHER_W).rows, *final])
+    add("table3", [row for row in final if row["group"] == "k100"])
+    for k in SINGLE:
+        for group in {SINGLE[k], MULTIPLE.get(k, SINGLE[k])}:
+            for method in ("lcm", "splam-noise-level"):
+                one = results.where(group=group, method=method, seed=0).near(SHORT)
+                add("fig2a", one.rows)
+    long = [name for name, group in GROUPS.items() if group.budget == LONG]
+    add("fig2b", [row for row in curves.rows if row["group"] in long])
+    add("fig2c", results.having("delta").rows)
+    for w in GUIDANCE:
+        group = "k100" if w == TEACHER_W else f"fig3-w{w:g}"
+        for method in ("lcm", "splam-noise-level"):
+            add("fig3", results.where(group=group, method=method, seed=0).near(SHORT).rows)
+        add("fig3", teacher.where(method="teacher", guidance_scale=w).rows)
+    add("embedding", results.where(group="bandwidth").rows)
+    add("embedding", results.where(group="k100", method="splam-embedding-10000").rows)
+    return found
+
+
+def _cell(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
+    """The mean, and the range where there are several."""
+    if not values:
+        return ""
+    values = [scale * value for value in values]
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _pictures_table(results: Results, key: str, digits: int = 3, scale: float = 1.0) -> str:
+    rows = []
+    base = results.where(group="teacher", guidance_scale=TEACHER_W)
+    for method, name in (
+        ("ddim", "DDIM, guided (2 evaluations a step)"),
+        ("dpm-solver++", "DPM-Solver++(2M), guided"),
+        ("teacher-undistilled", "undistilled, the few-step sampler"),
+    ):
+        cells = [_cell(base.where(method=method, steps=steps).values(key), digits, scale) for steps in ALL]
+        rows.append([name, *cells])
+    for (group, method), name in HEADLINE.items():
+        one = results.where(group=group, method=method).near(LONG)
+        rows.append([name, *(_cell(one.where(steps=steps).values(key), digits, scale) for steps in ALL)])
+    rows.append(["teacher, DDIM 50 steps", "", "", "", _cell(base.where(method="teacher").values(key), digits, scale)])
+    return _table(["", "1 step", "2 steps", "4 steps", "8 steps"], rows)
+
+
+def _endpoint_table(results: Results) -> str:
+    few = min(
+        (row["iterations"] for row in results.where(group="k100").near(LONG).rows), default=0
+    )  # iterations of the dearest students
+    rows = []
+    for (group, method), name in HEADLINE.items():
+        one = results.where(group=group, method=method).having("endpoint_error")
+        last = one.near(LONG)
+        if not last.rows:
+            continue
+        cells = [_cell([row["endpoint_error"][t] for row in last.rows]) for t in TIMESTEPS]
+        equal = [at_iteration(one.curve(seed), few) for seed in one.seeds()]
+        known = [value for value in equal if value is not None]
+        iterations = str(last.rows[0]["iterations"])
+        rows.append([name, iterations, *cells, _cell([error(row) for row in last.rows]), _cell(known)])
+    start = results.where(group="teacher", guidance_scale=TEACHER_W).having("endpoint_error_unguided").rows
+    for row in start:
+        values = row["endpoint_error_unguided"]
+        cells = [f"{values[t]:.3f}" for t in TIMESTEPS]
+        rows.append(["before training", "0", *cells, f"{geometric_mean(values.values()):.3f}", ""])
+    heads = ["", "iterations", *(f"t = {t}" for t in TIMESTEPS), "geometric mean", f"after {few} iterations"]
+    return _table(heads, rows)
+
+
+def _table3(results: Results) -> str:
+    rows = []
+    paper = {"lcm": "14.53", "dl-embedding": "13.89", "splam-embedding": "13.39"}
+    lcm = results.where(group="k100", method="lcm").near(LONG)
+    for method, name in (("lcm", "LCM"), ("dl-embedding", "DL"), ("splam-embedding", "SL (SPLAM)")):
+        one = results.where(group="k100", method=method).near(LONG)
+        cells = []
+        for steps in (2, 4):
+            ours, theirs = (of.where(steps=steps).values("frechet_distance") for of in (one, lcm))
+            cells.append(_cell([a / b for a, b in zip(ours, theirs, strict=False)], 2))
+        ratios = [
+            error(a) / error(b)
+            for a, b in zip(one.having("endpoint_error").rows, lcm.having("endpoint_error").rows, strict=False)
+        ]
+        rows.append([name, *cells, _cell(ratios, 2), f"{float(paper[method]) / 14.53:.2f} ({paper[method]})"])
+    heads = ["", "Frechet distance / LCM's, 2 steps", "4 steps", "endpoint error / LCM's", "the paper's FID / LCM's"]
+    return _table(heads, rows)
+
+
+def _fig2a(results: Results) -> str:
+    rows = []
+    for k in SINGLE:
+        for groups, me in ((SINGLE, "no"), (MULTIPLE, "yes")):
+            if k not in groups:
+                continue
+            cells = []
+            for method in ("lcm", "splam-noise-level"):
+                one = results.where(group=groups[k], method=method, seed=0).near(SHORT)
+                last = one.having("endpoint_error").rows
+                cells += [
+                    _cell([error(row) for row in last]),
+                    _cell(one.where(steps=4).values("frechet_distance")),
+                    _cell(one.where(steps=4).values("attribute_accuracy"), 1, 100),
+                ]
+                count = str(last[0]["iterations"]) if last else ""
+            rows.append([f"{k}", me, count, *cells])
+    heads = ["k", "ME", "iterations"]
+    for name in ("LCM", "SPLAM"):
+        heads += [f"{name}: endpoint error", "Frechet distance", "right, %"]
+    return _table(heads, rows)
+
+
+def _fig3(results: Results) -> str:
+    rows = []
+    for w in GUIDANCE:
+        group = "k100" if w == TEACHER_W else f"fig3-w{w:g}"
+        cells = []
+        for method in ("lcm", "splam-noise-level"):
+            one = results.where(group=group, method=method, seed=0, steps=4).near(SHORT)
+            cells += [
+                _cell(one.values("attribute_accuracy"), 1, 100),
+                _cell(one.values("frechet_distance")),
+                _cell(one.values("frechet_distance_teacher")),
+            ]
+        teacher = results.where(group="teacher", method="teacher", guidance_scale=w)
+        cells += [_cell(teacher.values("attribute_accuracy"), 1, 100), _cell(teacher.values("frechet_distance"))]
+        rows.append([f"{w:g}", *cells])
+    heads = ["w"]
+    for name in ("LCM", "SPLAM"):
+        heads += [f"{name}: right, %", "Frechet distance", "to the teacher's"]
+    return _table([*heads, "teacher, 50 steps: right, %", "Frechet distance"], rows)
+
+
+def _quality(entries: Sequence[dict[str, Any]]) -> str:
+    names = {
+        "ratio_to_lcm_1": "Frechet distance / LCM's, 1 step",
+        "ratio_to_lcm_2": "the same, 2 steps (goal 0.86)",
+        "ratio_to_lcm_4": "the same, 4 steps (goal 0.94)",
+        "ratio_at_2_to_lcm_at_4": "at 2 steps / LCM's at 4 (goal 1)",
+        "ratio_to_teacher50_4": "at 4 steps / the teacher's at 50 (goal 1.05)",
+        "ratio_by_teacher_pictures_to_lcm_2": "distance to the teacher's pictures / LCM's, 2 steps",
+        "ratio_by_teacher_pictures_to_lcm_4": "the same, 4 steps",
+        **{f"endpoint_error_to_lcm_{t}": f"endpoint error / LCM's, t = {t}" for t in TIMESTEPS},
+        "compute_to_reach_lcm_best": "compute to reach LCM's best endpoint error (goal 0.375)",
+    }
+    rows = []
+    for key, name in names.items():
+        cells = [
+            _cell(entry[f"{key}_by_seed"], 2)
+            if entry[key] is not None
+            else f"not reached in {sum(value is None for value in entry[f'{key}_by_seed'])} of {len(entry['seeds'])}"
+            for entry in entries
+        ]
+        rows.append([name, *cells])
+    return _table(["", *(f"`--recipe {entry['recipe']}`" for entry in entries)], rows)
+
+
+def _embedding(results: Results) -> str:
+    rows = []
+    for group, method, name in (
+        ("bandwidth", "splam-embedding-10", "embedding, bandwidth 10"),
+        ("bandwidth", "splam-embedding-100", "embedding, bandwidth 100"),
+        ("k100", "splam-embedding", "embedding, bandwidth 1000"),
+        ("k100", "splam-embedding-10000", "embedding, bandwidth 10000"),
+        ("k100", "splam-noise-level", "noise level"),
+    ):
+        one = results.where(group=group, method=method, seed=0).near(SHORT)
+        last = one.having("endpoint_error").rows
+        cells = [_cell([row["endpoint_error"][t] for row in last]) for t in TIMESTEPS]
+        accuracy = [_cell(one.where(steps=steps).values("attribute_accuracy"), 1, 100) for steps in (2, 4)]
+        rows.append([name, *cells, *accuracy])
+    heads = ["gamma by", *(f"t = {t}" for t in TIMESTEPS), "right at 2 steps, %", "at 4 steps, %"]
+    return _table(heads, rows)
+
+
+def tables(results: Results) -> dict[str, str]:
+    return {
+        "quality": _quality(quality(results)),
+        "endpoint": _endpoint_table(results),
+        "accuracy": _pictures_table(results, "attribute_accuracy", 1, 100),
+        "frechet": _pictures_table(results, "frechet_distance"),
+        "frechet-clipped": _pictures_table(results, "frechet_distance_clipped"),
+        "frechet-teacher": _pictures_table(results, "frechet_distance_teacher"),
+        "table3": _table3(results),
+        "fig2a": _fig2a(results),
+        "fig3": _fig3(results),
+        "embedding": _embedding(results),
+    }
+
+
+def fill(page: str, found: dict[str, str]) -> str:
+    """The page with every table renewed. Raises KeyError for a name that is not a table's."""
+    pattern = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+    return pattern.sub(lambda match: f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- end -->", page)
+
+
+def save_plots(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    colors = dict(zip(HEADLINE, plt.get_cmap("tab10").colors, strict=False))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for place, (group, method) in enumerate(HEADLINE):
+        one = results.where(group=group, method=method)
+        for seed in one.seeds():
+            curve = one.curve(seed)
+            label = HEADLINE[group, method].replace("`", "") if seed == one.seeds()[0] else None
+            heights = [error(row) for row in curve]
+            style = {"color": colors[group, method], "lw": 1.2, "ls": "--" if place > 6 else "-", "label": label}
+            axes[0].plot([row["unet_forwards"] / 1000 for row in curve], heights, **style)
+            axes[1].plot([row["seconds"] / 60 for row in curve], heights, **style)
+    axes[0].set(xlabel="UNet forwards of one sample, thousands", ylabel="endpoint error, geometric mean", yscale="log")
+    axes[1].set(xlabel="minutes on one thread")
+    axes[0].legend(fontsize=7)
+    _save(figure, folder / "fig2b.png")
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for group, method in HEADLINE:
+        for row in results.where(group=group, method=method, seed=0).having("delta").rows:
+            pairs = sorted((int(t), value) for t, value in row["delta"].items())
+            axis.plot(*zip(*pairs, strict=True), color=colors[group, method], lw=1.2, label=HEADLINE[group, method])
+    for row in results.where(group="teacher").having("delta").rows:
+        pairs = sorted((int(t), value) for t, value in row["delta"].items())
+        axis.plot(*zip(*pairs, strict=True), color="black", ls=":", label="teacher, guided")
+    axis.set(xlabel="t", ylabel="delta(t, 20)", yscale="log")
+    axis.legend(fontsize=6)
+    _save(figure, folder / "fig2c.png")
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for method, name in (("lcm", "LCM"), ("splam-noise-level", "SPLAM"), ("teacher", "teacher, 50 steps")):
+        points = []
+        for w in GUIDANCE:
+            group = "k100" if w == TEACHER_W else f"fig3-w{w:g}"
+            one = (
+                results.where(group="teacher", method="teacher", guidance_scale=w)
+                if method == "teacher"
+                else results.where(group=group, method=method, seed=0, steps=4).near(SHORT)
+            )
+            points += [
+                (row["frechet_distance"], 100 * row["attribute_accuracy"], w)
+                for row in one.having("attribute_accuracy").rows
+            ]
+        if points:
+            axis.plot(*zip(*(point[:2] for point in points), strict=True), marker="o", label=name)
+            for place in points:
+                axis.annotate(f"{place[2]:g}", place[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.set(xlabel="Frechet distance", ylabel="pictures all right, %")
+    axis.legend(fontsize=8)
+    _save(figure, folder / "fig3.png")
+
+
+def _save(figure, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "reproduction")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    results = Results.read(options.work_dir)
+    folder = options.docs / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("reproduction", figures(results)), ("quality", quality(results))):
+        lines = ",\n".join(json.dumps(_rounded(one)) for one in content)
+        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    save_plots(results, options.docs / "reproduction")
+    page = options.docs / "reproduction.md"
+    if page.exists():
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
+    else:
+        print("\n\n".join(f"{name}\n{text}" for name, text in tables(results).items()))
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
