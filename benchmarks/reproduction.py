@@ -186,11 +186,10 @@ class Yardstick:
     def _ask_teacher(self) -> dict[str, Tensor]:
         teacher = teacher_function(self.teacher, self.conditioning, self.nothing, self.w)
         ends = teacher_endpoints(teacher, self.latents, self.noise, self.teacher.schedule)
-        return {
-            **{f"x.{t}": x_t for t, (x_t, _) in ends.items()},
-            **{f"end.{t}": end for t, (_, end) in ends.items()},
-            **({"pictures": self.draw(self.teacher, "ddim", 50, self.w).contiguous()} if self.count else {}),
-        }
+        kept = {f"x.{t}": x_t for t, (x_t, _) in ends.items()} | {f"end.{t}": end for t, (_, end) in ends.items()}
+        if self.count:
+            kept["pictures"] = self.draw(self.teacher, "ddim", 50, self.w)
+        return {name: tensor.contiguous() for name, tensor in kept.items()}
 
     def draw(self, pipeline: Pipeline, sampler: str, steps: int, w: float) -> Tensor:
         latents = generate(pipeline, self.prompts, range(self.count), sampler, steps, w, batch_size=64)

@@ -165,13 +165,23 @@ def _against(recipe: str, ours: Results, lcm: Results, teacher: float) -> dict[s
 
 def figures(results: Results) -> list[Row]:
     """docs/results/reproduction.json: every measurement, under each figure that it belongs to."""
-    keys = ("figure", "method", "group", "k", "multiple_estimation", "steps", "seed", "teacher_evaluations")
+    keys = (
+        "figure",
+        "method",
+        "group",
+        "k",
+        "multiple_estimation",
+        "steps",
+        "seed",
+        "teacher_evaluations",
+        "iterations",
+    )
     found: list[Row] = []
 
     def add(figure: str, rows: Iterable[Row]) -> None:
         for row in rows:
-            row = {"figure": figure, **{"steps": None, "k": None, "multiple_estimation": None}, **row}
-            found.append({**{key: row[key] for key in keys}, **row})
+            row = {"figure": figure, **row}
+            found.append({**{key: row.get(key) for key in keys}, **row})
 
     pictures, curves = results.having("attribute_accuracy"), results.having("endpoint_error")
     final = [row for group, method in HEADLINE for row in pictures.where(group=group, method=method).near(LONG).rows]
