@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,11 @@ PACK = "ComfyUI-SPLAM"
 
 class ServerError(RuntimeError):
     """The server died, refused a graph or failed in a node; the message says which and why."""
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM leave as Ctrl-C does, through every `with`: by default a server would outlive this process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 class ComfyServer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from PIL import Image
 
 from training.sheet import save_sheet
 
-from .comfy_server import ROOT, ComfyServer, ServerError, to_api
+from .comfy_server import ROOT, ComfyServer, ServerError, exit_on_sigterm, to_api
 from .graphs import save_image, stock, text_to_image
 
 WORKFLOW = ROOT / "workflows" / "splam_txt2img.json"
@@ -51,7 +50,7 @@ def main() -> int:
     parser.add_argument("--serve", action="store_true", help="leave the server up until Ctrl-C")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default the server would outlive this process
+    exit_on_sigterm()
     try:
         with tempfile.TemporaryDirectory(prefix="splam-demo-") as folder:
             print(f"starting the ComfyUI in {options.comfyui}", flush=True)

@@ -33,7 +33,7 @@ from safetensors.torch import load, load_file, save_file
 
 if __name__ == "__main__":  # by path, the folder of this file is where Python looks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from benchmarks.comfy_server import ROOT, ComfyServer
+from benchmarks.comfy_server import ROOT, ComfyServer, exit_on_sigterm
 from benchmarks.reference import (
     RENOISE_OFFSET,
     SCHEDULER,
@@ -353,6 +353,7 @@ def main() -> None:
     options = parser.parse_args()
     if not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH names no ComfyUI; run this through `python dev.py python`.")
+    exit_on_sigterm()
     names = options.shapes or [name for name, shape in SHAPES.items() if options.full_size or not shape.true_size]
     todo = {name: true_size_tasks() if SHAPES[name].true_size else tasks() for name in names}
     with tempfile.TemporaryDirectory() as folder:

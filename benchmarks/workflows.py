@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from .comfy_page import ComfyPage, browser
-from .comfy_server import ROOT, ComfyServer, ServerError
+from .comfy_server import ROOT, ComfyServer, ServerError, exit_on_sigterm
 
 FOLDER = ROOT / "workflows"
 SIDE = 384  # pixels of a square thumbnail
@@ -75,6 +75,7 @@ def main() -> int:
         parser.error("needs Chromium and chromedriver on the PATH (Debian: apt install chromium chromium-driver)")
     if not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH names no ComfyUI; `python dev.py python -m benchmarks.workflows` sets it")
+    exit_on_sigterm()
     try:
         with tempfile.TemporaryDirectory(prefix="splam-workflows-") as folder:
             server = ComfyServer(Path(os.environ["COMFYUI_PATH"]), Path(folder) / "comfyui")
