@@ -27,9 +27,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splam_core import Objective, multiple_estimation
+from splam_core import Denoiser, Objective, few_step_timesteps, multiple_estimation, renoise_generator, sample
 from training.config import Config, complete
-from training.generate import generate, unet_evaluations
+from training.generate import generate, guided_output, unet_evaluations
 from training.networks import DTYPES
 from training.pipeline import ASSETS, Pipeline, load_pipeline
 from training.scoring.curves import (
@@ -111,6 +111,8 @@ TEACHER_W = 3.0
 PICTURES, PICTURE_SEED = 256, 0
 CURVE_SAMPLES, CURVE_SEED = 128, 0xC0FFEE
 DELTA_SAMPLES = 32
+# Steps, refinements a step, and whether the noise of every step is that of the first.
+SAMPLING = (*((steps, more, False) for steps in (1, 2, 4) for more in (0, 1, 3)), (2, 0, True), (4, 0, True))
 
 
 class RandomJump(Objective):
@@ -142,14 +144,14 @@ class Remembering(torch.nn.Module):
         self.seconds = 0.0
 
     def forward(self, x: Tensor, t: Tensor, **arguments) -> SimpleNamespace:
-        for asked, when, sample in self.known:
+        for asked, when, output in self.known:
             if torch.equal(when, t) and torch.equal(asked, x):
-                return SimpleNamespace(sample=sample)
+                return SimpleNamespace(sample=output)
         since = time.perf_counter()
-        sample = self.unet(x, t, **arguments).sample
+        output = self.unet(x, t, **arguments).sample
         self.seconds += time.perf_counter() - since
-        self.known.append((x, t, sample))
-        return SimpleNamespace(sample=sample)
+        self.known.append((x, t, output))
+        return SimpleNamespace(sample=output)
 
 
 @dataclass
@@ -329,6 +331,48 @@ def run_teacher(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def run_sampling(work: Path) -> list[dict[str, Any]]:
+    """The shipped student, sampled otherwise: refinements along the sub-path, and one noise for all steps."""
+    yardstick, pipeline = Yardstick(work, TEACHER_W), load_pipeline("embedded-student")
+    schedule, count = pipeline.schedule, range(PICTURES)
+    denoiser = Denoiser(schedule, pipeline.prediction_type, "noise-level")
+    first = [torch.randn(pipeline.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in count]
+    rows = []
+    for steps, refinements, fixed in SAMPLING:
+        generators = [renoise_generator(seed) for seed in count]
+        latents = []
+        for part in torch.arange(PICTURES).split(64):
+            start = torch.stack([first[index] for index in part])
+            conditioning = pipeline.encode([yardstick.prompts[index] for index in part])
+
+            def net(x: Tensor, t: Tensor, _: Tensor | None, conditioning=conditioning) -> Tensor:
+                return guided_output(pipeline, x, t, conditioning, yardstick.nothing, 1.0)
+
+            def noise(x: Tensor, part=part, generators=generators) -> Tensor:
+                return torch.stack([torch.randn(x.shape[1:], generator=generators[index]) for index in part])
+
+            with torch.no_grad():
+                latents.append(
+                    sample(
+                        lambda x, t, net=net: denoiser(net, x, None, None, t),
+                        start,
+                        few_step_timesteps(steps),
+                        schedule,
+                        (lambda _, start=start: start) if fixed else noise,
+                        refinements=refinements,
+                        denoise_gamma=lambda x, gamma, s, t, net=net: denoiser(net, x, gamma, s, t),
+                        skip=Config.skip,
+                    )
+                )
+        pictures = torch.cat([to_uint8(pipeline.decode(part)) for part in latents])
+        evaluations = steps * (1 + refinements)
+        about = {"method": "shipped student", "steps": steps, "refinements": refinements, "noise_fixed": fixed}
+        about |= {"k": Config.skip, "guidance_scale": TEACHER_W, "seed": 0, "unet_forwards": None}
+        rows.append({**about, "unet_evaluations_per_image": evaluations, **yardstick.score(pictures)})
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
 def _line(row: dict[str, Any]) -> str:
     about = f"{row['method']} k={row['k']} w={row['guidance_scale']:g} seed {row['seed']}, {row['unet_forwards']}"
     if "steps" not in row:
@@ -339,22 +383,25 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+ALONE = {"teacher": run_teacher, "sampling": run_sampling}  # what trains nothing
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "reproduction")
-    parser.add_argument("--only", choices=("teacher", *GROUPS), nargs="+", default=("teacher", *GROUPS))
+    parser.add_argument("--only", choices=(*ALONE, *GROUPS), nargs="+", default=(*ALONE, *GROUPS))
     parser.add_argument("--seed", type=int, nargs="+", help="of the training (default: all of a group's)")
     parser.add_argument("--scale", type=float, default=1.0, help="of all budgets; for a trial")
     options = parser.parse_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        seeds = (0,) if name == "teacher" else GROUPS[name].seeds
+        seeds = GROUPS[name].seeds if name in GROUPS else (0,)
         for seed in seeds:
             file = options.work_dir / f"{name}-seed{seed}.json"
             if file.exists() or (options.seed is not None and seed not in options.seed):
                 continue
-            if name == "teacher":
-                rows = run_teacher(options.work_dir)
+            if name in ALONE:
+                rows = ALONE[name](options.work_dir)
             else:
                 rows = run_group(GROUPS[name], seed, options.work_dir, options.scale)
             file.write_text(json.dumps([{"group": name, **row} for row in rows]) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 
 from .comfy_server import ROOT
-from .reproduction import ALL, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
+from .reproduction import ALL, ALONE, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,7 +54,7 @@ class Results:
     @classmethod
     def read(cls, work: Path) -> Results:
         """Raises FileNotFoundError if nothing has been measured."""
-        files = sorted(file for name in ("teacher", *GROUPS) for file in work.glob(f"{name}-seed*.json"))
+        files = sorted(file for name in (*ALONE, *GROUPS) for file in work.glob(f"{name}-seed*.json"))
         if not files:
             raise FileNotFoundError(f"{work} holds no results: run python -m benchmarks.reproduction first")
         return cls([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))])
@@ -203,6 +203,7 @@ def figures(results: Results) -> list[Row]:
         add("fig3", teacher.where(method="teacher", guidance_scale=w).rows)
     add("embedding", results.where(group="bandwidth").rows)
     add("embedding", results.where(group="k100", method="splam-embedding-10000").rows)
+    add("sampling", results.where(group="sampling").rows)
     return found
 
 
@@ -366,6 +367,17 @@ def _embedding(results: Results) -> str:
     return _table(heads, rows)
 
 
+def _sampling(results: Results) -> str:
+    rows = []
+    for row in results.where(group="sampling").rows:
+        how = "one noise for all steps" if row["noise_fixed"] else ""
+        how = f"{row['refinements']} refinement{'s' * (row['refinements'] > 1)} a step" if row["refinements"] else how
+        scores = (row["frechet_distance"], row["frechet_distance_teacher"])
+        counts = str(row["steps"]), str(row["unet_evaluations_per_image"]), f"{100 * row['attribute_accuracy']:.1f}"
+        rows.append([how, *counts, *(f"{value:.3f}" for value in scores)])
+    return _table(["", "steps", "evaluations", "right, %", "Frechet distance", "to the teacher's pictures"], rows)
+
+
 def tables(results: Results) -> dict[str, str]:
     return {
         "quality": _quality(quality(results)),
@@ -378,6 +390,7 @@ def tables(results: Results) -> dict[str, str]:
         "fig2a": _fig2a(results),
         "fig3": _fig3(results),
         "embedding": _embedding(results),
+        "sampling": _sampling(results),
     }
 
 

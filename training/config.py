@@ -136,7 +136,7 @@ class Config:
         150, "steps between two sheets (teacher 50 steps; student 1, 2, 4, 8) and validations; 0 for no sheets"
     )
     sample_prompts: Path | None = _flag(None, "prompts of the sheets, one a line", also=("--validation-prompts",))  # noqa: RUF009
-    validation_samples: int = _flag(64, "held-out samples that validation judges by, a quarter at each timestep; 0: none")
+    validation_samples: int = _flag(64, "held-out samples for validation, a quarter at each timestep; 0 for none")
     report_to: str = _flag("tensorboard", "where curves and sheets are logged", ("tensorboard", "wandb", "all", "none"))
     export_dtype: str = _flag("fp16", "of the finished student", ("fp32", "fp16", "bf16"))
     name: str = _flag("student", "the single file is OUTPUT_DIR/NAME.splam.safetensors (or .splam-lora.safetensors)")
