@@ -13,6 +13,7 @@ NAME.splam.safetensors or NAME.splam-lora.safetensors, with README.md and a Comf
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +58,8 @@ def distill(config: Config) -> None:
     """Train, show and export. Raises what the parts raise, each with one clear message."""
     # While one process draws a sheet, the others may wait for it.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        patience.backend = "gloo"  # accelerate names none there, and would take every process for the only one
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

@@ -55,7 +55,14 @@ from .networks import (
 )
 from .optimizers import build_optimizer
 from .pipeline import Conditioning, Pipeline, unet_arguments
-from .sharding import gathered_optimizer, sharded_optimizer, sharding_mesh
+from .sharding import (
+    gathered_moments,
+    gathered_optimizer,
+    load_moments,
+    sharded_optimizer,
+    sharding_mesh,
+    uses_zero,
+)
 from .validation import Score, Validation
 
 GRID = 50  # training sees the timesteps that few-step sampling picks from: 19, 39, .., 999
@@ -81,7 +88,7 @@ class Distillation:
 
     def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
-        mesh = sharding_mesh(config, accelerator)
+        mesh, zero = sharding_mesh(config, accelerator), uses_zero(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
         self.data = open_data(config.data, pipeline, config.data_options, whole, config.seed + 1)
         self.negative = pipeline.unconditional()
@@ -100,6 +107,7 @@ class Distillation:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         else:
             self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
+        self.engine = self.networks.student if zero else None  # DeepSpeed's
         conditioning = gamma_conditioning(config)
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
@@ -165,7 +173,12 @@ class Distillation:
                 loss = self.loss(range(start, start + batch))
                 # A checkpointed backward pass runs forward again and must pick the same attention.
                 with _attention(accelerator.device):
-                    accelerator.backward(loss / many if many > 1 else loss)
+                    part = loss / many if many > 1 else loss
+                    if self.engine:  # accelerate would step it before the loss is looked at
+                        self.engine.set_gradient_accumulation_boundary(last)
+                        self.engine.backward(part)
+                    else:
+                        accelerator.backward(part)
             total += loss.detach() / many if many > 1 else loss.detach()
         return total
 
@@ -178,11 +191,9 @@ class Distillation:
             since = time.perf_counter()
             loss = accelerator.reduce(self._backward(), "mean").item()
             self._watch(loss)
-            norm = self._clip()
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * self._schedule()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            norm = self._descend()
             self.step += 1
             self.samples += whole
             update_averages(self.networks, self.step, config.ema_decay, config.release_decay)
@@ -199,11 +210,18 @@ class Distillation:
             if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
                 self.save()
 
-    def _clip(self) -> Tensor:
-        """Clip the gradient to --max-grad-norm; its norm [] before that."""
+    def _descend(self) -> Tensor | float:
+        """Step the optimizer along the gradient, clipped to --max-grad-norm; its norm [] before that."""
+        if self.engine:
+            self.engine.step()
+            return self.engine.get_global_grad_norm()
+        clip = self.accelerator.clip_grad_norm_
         if self.networks.sharded:  # accelerate clips only what it has sharded itself
-            return clip_grad_norm_(self.networks.trainable(), self.config.max_grad_norm).full_tensor()
-        return self.accelerator.clip_grad_norm_(self.networks.trainable(), self.config.max_grad_norm)
+            clip = clip_grad_norm_
+        norm = clip(self.networks.trainable(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.full_tensor() if self.networks.sharded else norm
 
     def _watch(self, loss: float) -> None:
         """Raises FloatingPointError for a loss that is not finite or explodes. It is the same on every process."""
@@ -273,7 +291,10 @@ class Distillation:
         names = ("student", "target", "release")
         weights = {name: self.networks.whole(name) for name in names if self.networks.weights(name)}
         scaler = getattr(accelerator, "scaler", None)
-        moments = self.optimizer.state_dict()
+        if self.engine:
+            moments = gathered_moments(self.engine, self.networks.trainable())
+        else:
+            moments = self.optimizer.state_dict()
         optimizer = {
             "optimizer": gathered_optimizer(moments) if self.networks.sharded else moments,
             "scaler": scaler.state_dict() if scaler else {},
@@ -303,7 +324,7 @@ class Distillation:
     def free(self) -> None:
         """Let go of the networks and the optimizer: what is left is to write the result."""
         self.accelerator.free_memory()
-        self.networks = self.optimizer = self.validation = None
+        self.networks = self.optimizer = self.validation = self.engine = None
         self.pipeline.unet = None
         gc.collect()
 
@@ -313,14 +334,16 @@ class Distillation:
         if folder is None:
             return None
         sharded = self.networks.sharded
-        weights, optimizer, state = read_checkpoint(folder, "cpu" if sharded else self.pipeline.device, mmap=sharded)
+        shares = sharded or self.engine is not None
+        weights, optimizer, state = read_checkpoint(folder, "cpu" if shares else self.pipeline.device, mmap=shares)
         try:
             for name in ("student", "target", "release"):
                 load_weights(self.networks, name, weights.get(name, {}))
-            moments = optimizer["optimizer"]
-            self.optimizer.load_state_dict(
-                sharded_optimizer(moments, self.networks.trainable()) if sharded else moments
-            )
+            moments, trained = optimizer["optimizer"], self.networks.trainable()
+            if self.engine:
+                load_moments(self.engine, moments, trained)
+            else:
+                self.optimizer.load_state_dict(sharded_optimizer(moments, trained) if sharded else moments)
             if optimizer["scaler"] and getattr(self.accelerator, "scaler", None):
                 self.accelerator.scaler.load_state_dict(optimizer["scaler"])
             torch.set_rng_state(optimizer["random"].cpu())
