@@ -56,6 +56,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "splam-embedding-10": {"gamma_conditioning": "embedding", "gamma_bandwidth": 10.0},
     "splam-embedding-100": {"gamma_conditioning": "embedding", "gamma_bandwidth": 100.0},
     "splam-embedding-10000": {"gamma_conditioning": "embedding", "gamma_bandwidth": 10_000.0},  # the authors' code
+    "splam-embedding-half": {"gamma_conditioning": "embedding", "gamma_one_probability": 0.5},
     "splam-noise-level": {},
     "splam-noise-level-half": {"gamma_one_probability": 0.5},
     "splam-default": {"gamma_one_probability": Config.gamma_one_probability},
@@ -104,6 +105,7 @@ GROUPS: dict[str, Group] = {
     "k100-single": Group(PAIR, {"skip": 100, "solver_skip": 100}, SHORT),
     "k200-single": Group(PAIR, {"skip": 200, "solver_skip": 200}, SHORT),
     "bandwidth": Group(("splam-embedding-10", "splam-embedding-100"), {}, SHORT),
+    "embedding-half": Group(("splam-embedding-half",), {}, SHORT),
     **{f"fig3-w{w:g}": Group(PAIR, {"guidance_scale": w}, SHORT) for w in (1.5, 5.0, 8.0, 12.0)},
 }  # fmt: skip
 GUIDANCE = (1.5, 3.0, 5.0, 8.0, 12.0)

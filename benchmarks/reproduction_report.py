@@ -137,6 +137,7 @@ def _against(recipe: str, ours: Results, lcm: Results, teacher: float) -> dict[s
         ("frechet_distance", "ratio"),
         ("frechet_distance_clipped", "clipped_ratio"),
         ("frechet_distance_teacher", "ratio_by_teacher_pictures"),
+        ("frechet_distance_teacher_clipped", "clipped_ratio_by_teacher_pictures"),
     ):
         for steps in (1, 2, 4):
             add(
@@ -201,7 +202,7 @@ def figures(results: Results) -> list[Row]:
         for method in ("lcm", "splam-noise-level"):
             add("fig3", results.where(group=group, method=method, seed=0).near(SHORT).rows)
         add("fig3", teacher.where(method="teacher", guidance_scale=w).rows)
-    add("embedding", results.where(group="bandwidth").rows)
+    add("embedding", [row for row in results.rows if row["group"] in ("bandwidth", "embedding-half")])
     add("embedding", results.where(group="k100", method="splam-embedding-10000").rows)
     add("sampling", results.where(group="sampling").rows)
     return found
@@ -332,8 +333,10 @@ def _quality(entries: Sequence[dict[str, Any]]) -> str:
         "ratio_to_lcm_4": "the same, 4 steps (goal 0.94)",
         "ratio_at_2_to_lcm_at_4": "at 2 steps / LCM's at 4 (goal 1)",
         "ratio_to_teacher50_4": "at 4 steps / the teacher's at 50 (goal 1.05)",
-        "ratio_by_teacher_pictures_to_lcm_2": "distance to the teacher's pictures / LCM's, 2 steps",
-        "ratio_by_teacher_pictures_to_lcm_4": "the same, 4 steps",
+        **{
+            f"clipped_ratio_by_teacher_pictures_to_lcm_{steps}": f"to the teacher's pictures, clipped / LCM's, {steps}"
+            for steps in (1, 2, 4)
+        },
         **{f"endpoint_error_to_lcm_{t}": f"endpoint error / LCM's, t = {t}" for t in TIMESTEPS},
         "compute_to_reach_lcm_best": "compute to reach LCM's best endpoint error (goal 0.375)",
     }
@@ -356,7 +359,9 @@ def _embedding(results: Results) -> str:
         ("bandwidth", "splam-embedding-100", "embedding, bandwidth 100"),
         ("k100", "splam-embedding", "embedding, bandwidth 1000"),
         ("k100", "splam-embedding-10000", "embedding, bandwidth 10000"),
+        ("embedding-half", "splam-embedding-half", "embedding, bandwidth 1000, gamma = 1 in half"),
         ("k100", "splam-noise-level", "noise level"),
+        ("k100", "splam-noise-level-half", "noise level, gamma = 1 in half"),
     ):
         one = results.where(group=group, method=method, seed=0).near(SHORT)
         last = one.having("endpoint_error").rows
@@ -386,6 +391,7 @@ def tables(results: Results) -> dict[str, str]:
         "frechet": _pictures_table(results, "frechet_distance"),
         "frechet-clipped": _pictures_table(results, "frechet_distance_clipped"),
         "frechet-teacher": _pictures_table(results, "frechet_distance_teacher"),
+        "frechet-teacher-clipped": _pictures_table(results, "frechet_distance_teacher_clipped"),
         "table3": _table3(results),
         "fig2a": _fig2a(results),
         "fig3": _fig3(results),

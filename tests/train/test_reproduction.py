@@ -121,7 +121,7 @@ def synthetic():
                 rows.append({**about, "unet_forwards": at, "iterations": at // 100, "endpoint_error": errors})
             for steps in (1, 2, 4):
                 distances = ("frechet_distance", "frechet_distance_clipped", "frechet_distance_teacher")
-                scores = dict.fromkeys(distances, better * (1 + seed) / steps)
+                scores = dict.fromkeys((*distances, "frechet_distance_teacher_clipped"), better * (1 + seed) / steps)
                 rows.append(
                     {
                         **about,
