@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
-from training.config import parse
+from training.config import complete, parse
 from training.data import draws
 from training.generate import generate
 from training.networks import LoraNetworks, export_unet, make_student
 from training.pipeline import load_pipeline
-from training.trainer import Distillation
+from training.trainer import Distillation, draw_timesteps
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -129,6 +129,20 @@ def test_flags_take_dashes_and_underscores_and_are_checked(capsys):
     with pytest.raises(SystemExit):
         parse(["--teacher", "embedded", "--skip", "50", "--solver-skip", "20"])
     assert "--solver-skip must divide --skip" in capsys.readouterr().err
+
+
+def test_timesteps_are_drawn_in_proportion_to_a_power_of_t():
+    u = (torch.arange(200_000) + 0.5) / 200_000
+    uniform = draw_timesteps(u, 1000, 0.0)
+    assert uniform.unique(return_counts=True)[1].tolist() == [4000] * 50
+    assert (uniform.min(), uniform.max()) == (19, 999)
+    high = draw_timesteps(u, 1000, 0.5)
+    assert (high.min(), high.max()) == (19, 999) and (high % 20 == 19).all()
+    # The share above t = 499 of a density in proportion to sqrt(t): 1 - 0.5**1.5.
+    assert (high > 499).double().mean() == pytest.approx(1 - 0.5**1.5, abs=1e-4)
+    assert draw_timesteps(torch.tensor([1 - 2**-24]), 1000, 0.5) == 999
+    with pytest.raises(ValueError, match="--timestep-power"):
+        complete({"teacher": "embedded", "timestep_power": -0.5})
 
 
 def diffusers_loss(folder, pipeline, w, latents, embeds, nothing, noise, t):
