@@ -99,6 +99,7 @@ GROUPS: dict[str, Group] = {
     ),
     "k20": Group(("lcm",), {"skip": 20}, LONG, THREE, ("splam-noise-level",), ALL),
     "default": Group(("splam-default", "lcm"), DEFAULT, LONG, THREE, (), ALL),
+    "default-single": Group(("splam-default",), {**DEFAULT, "solver_skip": DEFAULT["skip"]}, LONG, THREE, (), ALL),
     "k40": Group(PAIR, {"skip": 40}, SHORT),
     "k200": Group(PAIR, {"skip": 200}, SHORT),
     "k40-single": Group(PAIR, {"skip": 40, "solver_skip": 40}, SHORT),
