@@ -39,8 +39,8 @@ class Teacher:
     family: str  # "sd1", "sd2" or "sdxl"
     prediction_type: str  # "epsilon" or "v_prediction"
     resolution: int  # px
-    skip: int  # k
-    solver_skip: int  # k_phi; k/k_phi DDIM steps are the Multiple Estimation
+    skip: int  # k of --recipe paper
+    solver_skip: int  # k_phi of it; k/k_phi DDIM steps are the Multiple Estimation
     guidance_scale: float  # w in eps = w*cond + (1-w)*uncond
     loss_type: str  # "huber" or "l2"
     gigabytes: float  # fp32 safetensors of UNet, VAE and text encoders; fp16 is half of it
@@ -187,7 +187,8 @@ def list_teachers() -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + (
-        "\n\nGB: of the fp32 safetensors. k, k_phi, w and loss are the paper's for sd15 and sd21-base.\n"
+        "\n\nGB: of the fp32 safetensors. k and k_phi are those of --recipe paper; the default recipe has its own. They, w and\n"
+        "loss are the paper's for sd15 and sd21-base.\n"
         "--teacher also takes any Hub id (owner/name), a diffusers folder, or a single .safetensors file."
     )
 
