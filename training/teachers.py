@@ -187,8 +187,8 @@ def list_teachers() -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + (
-        "\n\nGB: of the fp32 safetensors. k and k_phi are those of --recipe paper; the default recipe has its own. They, w and\n"
-        "loss are the paper's for sd15 and sd21-base.\n"
+        "\n\nGB: of the fp32 safetensors. k and k_phi are those of --recipe paper; the default recipe has its own.\n"
+        "They, w and loss are the paper's for sd15 and sd21-base.\n"
         "--teacher also takes any Hub id (owner/name), a diffusers folder, or a single .safetensors file."
     )
 
