@@ -11,109 +11,26 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
-import matplotlib
-
 from .comfy_server import ROOT
-from .reproduction import ALL, ALONE, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-Row = dict[str, Any]
-
-# Students of the same group compare at once; these are read together. (group, method) -> its name in tables.
-HEADLINE = {
-    ("k20", "lcm"): "LCM, k=20 (the paper's LCM)",
-    ("k100", "lcm"): "LCM, k=100, ME",
-    ("k100", "lcm-random-jump"): "LCM, random jump up to 100, ME",
-    ("k100", "dl-embedding"): "DL, embedding",
-    ("k100", "splam-embedding"): "SPLAM, embedding (`--recipe paper`)",
-    ("k100", "splam-noise-level"): "SPLAM, noise level",
-    ("k100", "splam-noise-level-half"): "SPLAM, noise level, gamma = 1 in half",
-    ("default", "splam-default"): "SPLAM, default recipe",
-    ("default", "lcm"): "LCM, the default recipe's jumps",
-    ("default-single", "splam-default"): "SPLAM, default with `--solver-skip 150`: one step a jump",
-}
-LCM = ("k20", "lcm")
-RECIPES = {
-    "paper": ("k100", "splam-embedding"),
-    "default": ("default", "splam-default"),
-    "default --solver-skip 150": ("default-single", "splam-default"),
-}
-SINGLE = {20: "k20", 40: "k40-single", 100: "k100-single", 200: "k200-single"}
-MULTIPLE = {40: "k40", 100: "k100", 200: "k200"}
-TIMESTEPS = ("999", "759", "499", "259")
-SHOWN = (0.18, 0.265)  # of the endpoint error in fig2b.png: the paper's recipe lies above it
-
-
-class Results:
-    """The rows of a work folder."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
-
-    @classmethod
-    def read(cls, work: Path) -> Results:
-        """Raises FileNotFoundError if nothing has been measured."""
-        files = sorted(file for name in (*ALONE, *GROUPS) for file in work.glob(f"{name}-seed*.json"))
-        if not files:
-            raise FileNotFoundError(f"{work} holds no results: run python -m benchmarks.reproduction first")
-        return cls([row for file in files for row in json.loads(file.read_text(encoding="utf-8"))])
-
-    def where(self, **wanted: Any) -> Results:
-        return Results([row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())])
-
-    def having(self, key: str) -> Results:
-        return Results([row for row in self.rows if key in row])
-
-    def near(self, unet_forwards: int) -> Results:
-        """Rows at the mark of this budget: of each run, those whose own budget is the nearest to it."""
-        found = []
-        for group, method, seed in dict.fromkeys((row["group"], row["method"], row["seed"]) for row in self.rows):
-            rows = self.where(group=group, method=method, seed=seed).rows
-            best = min((row["unet_forwards"] for row in rows), key=lambda one: abs(one - unet_forwards))
-            found += [row for row in rows if row["unet_forwards"] == best]
-        return Results(found)
-
-    def values(self, key: str) -> list[float]:
-        return [row[key] for row in sorted(self.rows, key=lambda row: row["seed"] or 0) if key in row]
-
-    def curve(self, seed: int) -> list[Row]:
-        return sorted(self.where(seed=seed).having("endpoint_error").rows, key=lambda row: row["unet_forwards"])
-
-    def seeds(self) -> list[int]:
-        return sorted({row["seed"] for row in self.rows})
-
-
-def error(row: Row) -> float:
-    """The endpoint errors of a row as one number: their geometric mean, so that every timestep counts the same."""
-    return geometric_mean(row["endpoint_error"].values())
-
-
-def at_iteration(curve: Sequence[Row], iteration: int) -> float | None:
-    """`error` on a training curve, on the line between the two measurements around it."""
-    for before, after in pairwise(curve):
-        if before["iterations"] <= iteration <= after["iterations"]:
-            share = (iteration - before["iterations"]) / (after["iterations"] - before["iterations"])
-            return error(before) + share * (error(after) - error(before))
-    return None
-
-
-def reach(curve: Sequence[Row], wanted: float) -> float | None:
-    """The budget at which `error` first is down to `wanted`, on the line between measurements; None if never."""
-    for before, after in zip([None, *curve], curve, strict=False):
-        if error(after) > wanted:
-            continue
-        if before is None:
-            return after["unet_forwards"]
-        share = (error(before) - wanted) / (error(before) - error(after))
-        return before["unet_forwards"] + share * (after["unet_forwards"] - before["unet_forwards"])
-    return None
+from .reproduction import ALL, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
+from .reproduction_plots import save_plots
+from .reproduction_results import (
+    HEADLINE,
+    LCM,
+    MULTIPLE,
+    RECIPES,
+    SINGLE,
+    TIMESTEPS,
+    Results,
+    Row,
+    at_iteration,
+    error,
+    reach,
+)
 
 
 def quality(results: Results) -> list[dict[str, Any]]:
@@ -197,7 +114,7 @@ def figures(results: Results) -> list[Row]:
     add("table1", [*teacher.where(guidance_scale=TEACHER_W).rows, *final])
     add("table3", [row for row in final if row["group"] == "k100"])
     for k in SINGLE:
-        for group in {SINGLE[k], MULTIPLE.get(k, SINGLE[k])}:
+        for group in dict.fromkeys((SINGLE[k], MULTIPLE.get(k, SINGLE[k]))):
             for method in ("lcm", "splam-noise-level"):
                 one = results.where(group=group, method=method, seed=0).near(SHORT)
                 add("fig2a", one.rows)
@@ -411,70 +328,6 @@ def fill(page: str, found: dict[str, str]) -> str:
     """The page with every table renewed. Raises KeyError for a name that is not a table's."""
     pattern = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
     return pattern.sub(lambda match: f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- end -->", page)
-
-
-def save_plots(results: Results, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    colors = dict(zip(HEADLINE, plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for place, (group, method) in enumerate(HEADLINE):
-        one = results.where(group=group, method=method)
-        for seed in one.seeds():
-            curve = one.curve(seed)
-            label = HEADLINE[group, method].replace("`", "") if seed == one.seeds()[0] else None
-            heights = [error(row) for row in curve]
-            style = {"color": colors[group, method], "lw": 1.2, "ls": "--" if place > 6 else "-", "label": label}
-            axes[0].plot([row["unet_forwards"] / 1000 for row in curve], heights, **style)
-            axes[1].plot([row["seconds"] / 60 for row in curve], heights, **style)
-    axes[0].set(xlabel="UNet forwards of one sample, thousands", ylabel="endpoint error, geometric mean", ylim=SHOWN)
-    axes[1].set(xlabel="minutes on one thread")
-    axes[1].legend(fontsize=7, loc="upper right")
-    _save(figure, folder / "fig2b.png")
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for group, method in HEADLINE:
-        for row in results.where(group=group, method=method, seed=0).having("delta").rows:
-            pairs = sorted((int(t), value) for t, value in row["delta"].items())
-            axis.plot(
-                *zip(*pairs, strict=True),
-                color=colors[group, method],
-                lw=1.2,
-                label=HEADLINE[group, method].replace("`", ""),
-            )
-    for row in results.where(group="teacher").having("delta").rows:
-        pairs = sorted((int(t), value) for t, value in row["delta"].items())
-        axis.plot(*zip(*pairs, strict=True), color="black", ls=":", label="teacher, guided")
-    axis.set(xlabel="t", ylabel="delta(t, 20)", yscale="log")
-    axis.legend(fontsize=6)
-    _save(figure, folder / "fig2c.png")
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for method, name in (("lcm", "LCM"), ("splam-noise-level", "SPLAM"), ("teacher", "teacher, 50 steps")):
-        points = []
-        for w in GUIDANCE:
-            group = "k100" if w == TEACHER_W else f"fig3-w{w:g}"
-            one = (
-                results.where(group="teacher", method="teacher", guidance_scale=w)
-                if method == "teacher"
-                else results.where(group=group, method=method, seed=0, steps=4).near(SHORT)
-            )
-            points += [
-                (row["frechet_distance"], 100 * row["attribute_accuracy"], w)
-                for row in one.having("attribute_accuracy").rows
-            ]
-        if points:
-            axis.plot(*zip(*(point[:2] for point in points), strict=True), marker="o", label=name)
-            for place in points:
-                axis.annotate(f"{place[2]:g}", place[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axis.set(xlabel="Frechet distance", ylabel="pictures all right, %")
-    axis.legend(fontsize=8)
-    _save(figure, folder / "fig3.png")
-
-
-def _save(figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
