@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from modules import sd_samplers, shared
 
 SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from the first on, without negative prompt
 SKIP_UNCONDITIONAL_INFOTEXT = "Skip Early CFG"
+MODIFIERS = "conditioning_modifiers"  # of Forge and reForge: functions on the conditions of every evaluation
 INFOTEXT = "SPLAM guidance"
 FORCED, AS_SET = "1", "as set"
 
@@ -47,31 +48,76 @@ def request_guidance_one(p: Any, name: str) -> None:
         p.cfg_scale = 1.0
 
 
-@contextmanager
-def guidance_one(p: Any) -> Iterator[None]:
-    """While sampling: guidance 1 and one UNet evaluation a step; afterwards, even after an error, all as it was.
+def guidance_of(p: Any) -> float:
+    """The guidance of the pass that `p` is in."""
+    return p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale
 
-    At guidance 1 Forge and reForge leave the unconditional pass out by themselves. Automatic1111 does so only by a
-    setting, which would also note itself in the info text, to be pasted into pictures of other samplers.
+
+def one_weight_for_all() -> bool:
+    """Whether the host gives every picture of a batch the weights that AND has in the last one's prompt."""
+    return hasattr(shared.sd_model, "forge_objects")
+
+
+@contextmanager
+def guidance_one(p: Any, negative: bool = False) -> Iterator[None]:
+    """While sampling: guidance 1; afterwards, even after an error, all as it was.
+
+    negative: compose prompts as u + sum of w (c - u), c a picture's prompts joined by AND and w their weights, u the
+    negative prompt, which is evaluated. Otherwise it is not, so that a step is one evaluation of the UNet.
     """
-    kept = {name: getattr(p, name) for name in ("cfg_scale", "hr_cfg") if hasattr(p, name)}
-    by_setting = not hasattr(shared.sd_model, "forge_objects") and SKIP_UNCONDITIONAL in shared.opts.data_labels
-    settings, absent = shared.opts.data, object()
-    setting = settings.get(SKIP_UNCONDITIONAL, absent)
-    noted = SKIP_UNCONDITIONAL_INFOTEXT in p.extra_generation_params
+    with ExitStack() as stack:
+        for name, value in (("cfg_scale", 1.0), ("hr_cfg", 1.0), ("s_min_uncond", 0.0)):
+            if hasattr(p, name):  # the last is another setting that leaves the negative prompt out, of late steps
+                stack.enter_context(_replaced(vars(p), name, value))
+        if hasattr(shared.sd_model, "forge_objects"):
+            # At guidance 1 Forge and reForge leave the negative prompt out by themselves, and sum w c.
+            options = shared.sd_model.forge_objects.unet.model_options
+            if negative:
+                stack.enter_context(_replaced(options, MODIFIERS, [*options.get(MODIFIERS, []), negative_as_prompt]))
+        elif SKIP_UNCONDITIONAL in shared.opts.data_labels:
+            # Automatic1111 does so only by a setting, which would also note itself in the info text, to be pasted into
+            # pictures of other samplers. With the negative prompt it composes as it should.
+            stack.enter_context(_restored(p.extra_generation_params, SKIP_UNCONDITIONAL_INFOTEXT))
+            stack.enter_context(_replaced(shared.opts.data, SKIP_UNCONDITIONAL, 0.0 if negative else 1.0))
+        yield
+
+
+def negative_as_prompt(model, x, sigma, uncond, cond, cond_scale, model_options, seed):
+    """A conditioning modifier: the negative prompt as one prompt more, of the weight that the others lack to 1.
+
+    u + sum of w (c - u) is the sum of w c and (1 - sum of w) u. The hosts divide by the sum of the weights, so that
+    their own composition has no value where it is 0 ("a AND b :-1").
+    """
+    rest = 1 - sum(prompt["strength"] for prompt in cond)
+    cond = [*cond, *({**prompt, "strength": rest} for prompt in uncond)]
+    return model, x, sigma, uncond, cond, cond_scale, model_options, seed
+
+
+def encode_negative(p: Any) -> Any:
+    """The unconditional conditioning of the pass that `p` is in, where Forge has left it out for guidance 1.
+
+    The positive one is not encoded again: hosts keep the last one.
+    """
+    with ExitStack() as stack:
+        for name in ("cfg_scale", "hr_cfg"):
+            if hasattr(p, name):
+                stack.enter_context(_replaced(vars(p), name, 2.0))  # any but 1
+        p.setup_conds()
+    return p.get_conds()[1]
+
+
+@contextmanager
+def _replaced(owner: dict, key: str, value: Any) -> Iterator[None]:
+    with _restored(owner, key):
+        owner[key] = value
+        yield
+
+
+@contextmanager
+def _restored(owner: dict, key: str) -> Iterator[None]:
+    kept = {key: owner[key]} if key in owner else {}
     try:
-        for name in kept:
-            setattr(p, name, 1.0)
-        if by_setting:
-            settings[SKIP_UNCONDITIONAL] = 1.0
         yield
     finally:
-        for name, value in kept.items():
-            setattr(p, name, value)
-        if by_setting:
-            if setting is absent:
-                settings.pop(SKIP_UNCONDITIONAL, None)
-            else:
-                settings[SKIP_UNCONDITIONAL] = setting
-            if not noted:
-                p.extra_generation_params.pop(SKIP_UNCONDITIONAL_INFOTEXT, None)
+        owner.pop(key, None)
+        owner.update(kept)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ GRID = 50  # LCMScheduler's original_inference_steps
 HINT = (
     "SPLAM is made for 1 to 8 steps (4 is usual): more take longer and change little. "
     "It takes at most 50, and fewer at a low denoising strength."
+)
+UNLIKE = (
+    "The prompts of this batch are joined by AND with different weights; this program gives all its pictures those of "
+    "the last one. Set the batch size to 1."
 )
 
 
@@ -50,10 +55,8 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         # The host multiplies x by sigma, or by sqrt(1 + sigma^2); x_T of LCM, unit noise in z, is the latter.
         if not shared.opts.sgm_noise_multiplier:
             x = x * ((1 + sigma**2) ** 0.5 / sigma)
-        with self.guidance(p):
-            return super().sample(
-                p, x, conditioning, unconditional_conditioning, len(self.timesteps), image_conditioning
-            )
+        with self.guidance(p, conditioning, unconditional_conditioning) as negative:
+            return super().sample(p, x, conditioning, negative, len(self.timesteps), image_conditioning)
 
     def sample_img2img(
         self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None
@@ -63,10 +66,8 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         if len(self.timesteps) == 0:
             return x
         # With a number of steps given, the host runs exactly these, whatever its setting "do exactly the amount" says.
-        with self.guidance(p):
-            return super().sample_img2img(
-                p, x, noise, conditioning, unconditional_conditioning, len(self.timesteps), image_conditioning
-            )
+        with self.guidance(p, conditioning, unconditional_conditioning) as negative:
+            return super().sample_img2img(p, x, noise, conditioning, negative, len(self.timesteps), image_conditioning)
 
     def few_steps(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         """What the host runs in place of a k-diffusion function. x: [B, ...], noised to sigmas[0]; returns x0."""
@@ -106,11 +107,27 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
             p.comment(HINT)
         return few_step_timesteps(fit, strength) if fit > 0 else torch.empty(0, dtype=torch.long)
 
-    def guidance(self, p: Any):
-        """The context in which to sample: guidance 1, unless the request was told to keep its own; noted either way."""
+    @contextmanager
+    def guidance(self, p: Any, conditioning: Any, negative: Any) -> Iterator[Any]:
+        """The context in which to sample, with the unconditional conditioning to take: guidance 1, unless the request
+        was told to keep its own; noted either way.
+
+        At guidance 1 the negative prompt is evaluated only where prompts joined by AND need it: if their weights do
+        not add up to 1, it does not cancel in u + sum of w (c - u).
+        """
         keep = getattr(p, "splam_keeps_guidance", False)
         p.extra_generation_params[hosts.INFOTEXT] = hosts.AS_SET if keep else hosts.FORCED
-        return nullcontext() if keep else hosts.guidance_one(p)
+        weights = [[part.weight for part in parts] for parts in conditioning.batch]
+        if hosts.one_weight_for_all() and any(picture != weights[0] for picture in weights):
+            p.comment(UNLIKE)
+        if keep and hosts.guidance_of(p) != 1:
+            yield negative
+            return
+        composed = any(abs(sum(picture) - 1) > 1e-6 for picture in weights)
+        if composed and negative is None:
+            negative = hosts.encode_negative(p)
+        with hosts.guidance_one(p, composed):
+            yield negative
 
 
 def register() -> None:

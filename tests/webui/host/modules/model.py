@@ -33,7 +33,9 @@ class Checkpoint:
         if host != "a1111":
             predictor = Predictor(self)
             self.forge_objects = SimpleNamespace(
-                unet=SimpleNamespace(model=SimpleNamespace(predictor=predictor, model_sampling=predictor))
+                unet=SimpleNamespace(
+                    model=SimpleNamespace(predictor=predictor, model_sampling=predictor), model_options={}
+                )
             )
 
 

@@ -2,13 +2,15 @@
 
 import torch
 
-from . import HOST, sd_samplers, shared
-from .prompt_parser import Multicond
+from . import HOST, prompt_parser, sd_samplers, shared
 from .rng import ImageRNG
 
 
 class Request:
-    """Latents are [4, size, size]; `prompts` are embeddings [L, C], one for every picture, or lists for AND."""
+    """Latents are [4, size, size]; `prompts` are embeddings [L, C], one for every picture, or as `prompt_parser` says.
+
+    `encoded` notes which negative prompts went through the text encoder: "uc" and, for the hires pass, "hr_uc".
+    """
 
     def __init__(self, prompts, negative, seeds, **settings):
         self.prompts, self.negative, self.seeds = prompts, negative, seeds
@@ -19,7 +21,7 @@ class Request:
         self.enable_hr, self.hr_sampler_name, self.hr_second_pass_steps = False, None, 0
         if HOST != "a1111":
             self.hr_cfg = 7.0
-        self.is_hr_pass = False
+        self.is_hr_pass, self.s_min_uncond, self.encoded = False, shared.opts.s_min_uncond, []
         self.sampler_noise_scheduler_override = self.image_cfg_scale = None
         self.scripts, self.script_args = None, []
         self.extra_generation_params, self.comments, self.passes = {}, {}, []
@@ -28,11 +30,22 @@ class Request:
     def comment(self, text):
         self.comments[text] = 1
 
-    def conditions(self, cfg_scale):
-        """(conditional, unconditional); Forge encodes no negative prompt at guidance 1."""
-        prompts = [prompt if isinstance(prompt, list) else [(prompt, 1.0)] for prompt in self.prompts]
-        negative = torch.stack([self.negative] * len(self.prompts))
-        return Multicond(prompts), (None if HOST == "forge" and cfg_scale == 1 else negative)
+    def setup_conds(self):
+        """Encode the prompts of both passes, or in the hires pass its own; Forge no negative prompt at guidance 1."""
+        if not self.is_hr_pass:
+            self.c, self.uc = self.encode("uc", self.cfg_scale)
+        if self.enable_hr:
+            self.hr_c, self.hr_uc = self.encode("hr_uc", getattr(self, "hr_cfg", self.cfg_scale))
+
+    def encode(self, name, cfg_scale):
+        cond = prompt_parser.get_multicond_learned_conditioning(self.prompts)
+        if HOST == "forge" and cfg_scale == 1:
+            return cond, None
+        self.encoded.append(name)
+        return cond, prompt_parser.get_learned_conditioning([self.negative] * len(self.prompts))
+
+    def get_conds(self):
+        return (self.hr_c, self.hr_uc) if self.is_hr_pass else (self.c, self.uc)
 
     def new_rng(self, size):
         self.rng = ImageRNG((4, size, size), self.seeds, self.subseeds, self.subseed_strength)
@@ -41,7 +54,7 @@ class Request:
 
     def sample(self):
         self.sampler = sd_samplers.create_sampler(self.sampler_name, shared.sd_model)
-        cond, uncond = self.conditions(self.cfg_scale)
+        cond, uncond = self.get_conds()
         noise = self.new_rng(self.size)
         if self.init_latent is not None:
             samples = self.sampler.sample_img2img(self, self.init_latent, noise, cond, uncond)
@@ -56,7 +69,7 @@ class Request:
         self.sampler = sd_samplers.create_sampler(self.hr_sampler_name or self.sampler_name, shared.sd_model)
         samples = torch.nn.functional.interpolate(samples, scale_factor=2)
         noise = self.new_rng(2 * self.size)
-        cond, uncond = self.conditions(getattr(self, "hr_cfg", self.cfg_scale))
+        cond, uncond = self.get_conds()
         steps = self.hr_second_pass_steps or self.steps
         samples = self.sampler.sample_img2img(self, samples, noise, cond, uncond, steps=steps)
         self.is_hr_pass = False
@@ -71,6 +84,7 @@ def process_images(p):
         p.sampler_name, p.scheduler, convert_automatic=False
     )
     with torch.no_grad():
+        p.setup_conds()
         samples = p.sample()
     parameters = {"Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, **p.extra_generation_params}
     return samples, ", ".join(f"{key}: {value}" for key, value in parameters.items())

@@ -61,6 +61,7 @@ class Sampler:
         self.p = self.model_wrap_cfg.p = p
         self.model_wrap_cfg.mask, self.model_wrap_cfg.nmask = p.mask, p.nmask
         self.model_wrap_cfg.step = 0
+        self.s_min_uncond = getattr(p, "s_min_uncond", 0.0)
         assert "eta" not in inspect.signature(self.func).parameters
         return {}
 

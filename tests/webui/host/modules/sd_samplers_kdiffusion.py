@@ -63,7 +63,7 @@ class KDiffusionSampler(sd_samplers_common.Sampler):
             "image_cond": image_cond,
             "uncond": uncond,
             "cond_scale": p.cfg_scale,
-            "s_min_uncond": 0.0,
+            "s_min_uncond": self.s_min_uncond,
         }
         samples = self.launch_sampling(
             steps,

@@ -24,6 +24,7 @@ class Options:
 opts = Options(
     {
         "skip_early_cond": 0.0,
+        "s_min_uncond": 0.0,
         "sgm_noise_multiplier": False,
         "img2img_fix_steps": False,
         "img2img_extra_noise": 0.0,
