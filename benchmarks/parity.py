@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,10 +36,10 @@ if __name__ == "__main__":  # by path, the folder of this file is where Python l
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from benchmarks.comfy_server import ROOT, ComfyServer, exit_on_sigterm
 from benchmarks.reference import (
-    RENOISE_OFFSET,
     SCHEDULER,
     add_adapter,
     few_step,
+    host_noises,
     load_unet,
     node_noises,
     random_lora,
@@ -225,12 +226,13 @@ def expect(
         case = Case(name, task)
         given = {"image": image, "strength": task.strength} if task.kind != "txt2img" else {}
         given |= {"mask": mask} if task.kind == "inpaint" else {}
-        for route, offset in (("splam", RENOISE_OFFSET), ("stock", host_offset)):
+        noises = {"splam": node_noises, "stock": partial(host_noises, offset=host_offset)}
+        for route, draw in noises.items():
             runs = (few_step, whole_pipeline) if route == "splam" else (few_step,)
             if route == "stock" and shape.true_size and task.kind != "txt2img":
                 runs = ()  # the small shapes show as much
             found = [
-                run(unet, config, tensors["embeds"], *node_noises(LATENT, SEED, offset), task.steps, **given, **options)
+                run(unet, config, tensors["embeds"], *draw(LATENT, SEED), task.steps, **given, **options)
                 for run in runs
             ]
             case.expected[route] = [latents for latents in found if latents is not None]

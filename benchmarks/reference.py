@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,8 +15,6 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
-
-RENOISE_OFFSET = 0x53504C414D  # written out: the pictures of a seed must not change with the code
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -127,7 +126,7 @@ def few_step(
     scheduler_config: dict,
     embeds: torch.Tensor,
     noise: torch.Tensor,
-    fresh_noise: Callable[[torch.Tensor], torch.Tensor],
+    fresh_noise: Callable[[torch.Tensor, int], torch.Tensor],
     steps: int,
     strength: float = 1.0,
     image: torch.Tensor | None = None,
@@ -135,7 +134,7 @@ def few_step(
     guidance_scale: float = 1.0,
     added_cond_kwargs: dict | None = None,
 ) -> torch.Tensor:
-    """LCMScheduler's loop on latents in the pipeline's scale; `fresh_noise(x)` replaces the scheduler's own draws.
+    """LCMScheduler's loop on latents in the pipeline's scale; `fresh_noise(x, t)` replaces the scheduler's own draws.
 
     embeds: [1 or B, 77, C]; image: latents to start from, None for text-to-image; mask: [1, 1, H, W] in 0..1, 1 where
     the image may change, by ComfyUI's rule: before each evaluation the rest is the noised image, after it the image.
@@ -165,7 +164,7 @@ def few_step(
         if mask is not None:
             x0 = mask * x0 + (1 - mask) * image
         last = i + 1 == len(timesteps)
-        x = x0 if last else scheduler.add_noise(x0, fresh_noise(x0), timesteps[i + 1 : i + 2])
+        x = x0 if last else scheduler.add_noise(x0, fresh_noise(x0, int(timesteps[i + 1])), timesteps[i + 1 : i + 2])
     return x
 
 
@@ -175,7 +174,7 @@ def whole_pipeline(
     scheduler_config: dict,
     embeds: torch.Tensor,
     noise: torch.Tensor,
-    fresh_noise: Callable[[torch.Tensor], torch.Tensor],
+    fresh_noise: Callable[[torch.Tensor, int], torch.Tensor],
     steps: int,
     strength: float = 1.0,
     image: torch.Tensor | None = None,
@@ -212,7 +211,9 @@ def whole_pipeline(
 
     def draw(shape, **_) -> torch.Tensor:
         given = next(draws, None)
-        return fresh_noise(torch.empty(shape)) if given is None else given
+        if given is not None:
+            return given
+        return fresh_noise(torch.empty(shape), int(scheduler.timesteps[scheduler.step_index + 1]))
 
     modules = [sys.modules[scheduler.__module__], sys.modules[type(pipeline).__module__]]
     with contextlib.ExitStack() as stack:
@@ -248,13 +249,30 @@ def random_lora(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     return kohya
 
 
-def node_noises(
-    shape: tuple[int, ...], seed: int, renoise_offset: int = RENOISE_OFFSET
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """The initial noise as ComfyUI draws it for this seed, and the draws of a generator of seed + renoise_offset."""
+def node_noises(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """The initial noise as ComfyUI draws it for this seed, and SPLAM's fresh noise(x, t) of a batch.
+
+    The hash is written out: the pictures of a seed must not change with the code.
+    """
+
+    def fresh(x: torch.Tensor, t: int) -> torch.Tensor:
+        drawn = []
+        for number in range(len(x)):
+            digest = hashlib.sha256(f"{seed} {t} {number}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+            drawn.append(torch.randn(x.shape[1:], generator=generator))
+        return torch.stack(drawn)
+
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)), fresh
+
+
+def host_noises(
+    shape: tuple[int, ...], seed: int, offset: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """The initial noise of this seed, and the draws of one generator of seed + offset, as ComfyUI's own `lcm` takes."""
+    generator = torch.Generator("cpu").manual_seed(seed + offset)
     initial = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
-    generator = torch.Generator("cpu").manual_seed((seed + renoise_offset) % 2**64)
-    return initial, lambda x: torch.randn(x.shape, generator=generator)
+    return initial, lambda x, _: torch.randn(x.shape, generator=generator)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -355,7 +355,7 @@ def run_sampling(work: Path) -> list[dict[str, Any]]:
             def net(x: Tensor, t: Tensor, _: Tensor | None, conditioning=conditioning) -> Tensor:
                 return guided_output(pipeline, x, t, conditioning, yardstick.nothing, 1.0)
 
-            def noise(x: Tensor, part=part, generators=generators) -> Tensor:
+            def noise(x: Tensor, _: int, part=part, generators=generators) -> Tensor:
                 return torch.stack([torch.randn(x.shape[1:], generator=generators[index]) for index in part])
 
             with torch.no_grad():
@@ -365,7 +365,7 @@ def run_sampling(work: Path) -> list[dict[str, Any]]:
                         start,
                         few_step_timesteps(steps),
                         schedule,
-                        (lambda _, start=start: start) if fixed else noise,
+                        (lambda _, t, start=start: start) if fixed else noise,
                         refinements=refinements,
                         denoise_gamma=lambda x, gamma, s, t, net=net: denoiser(net, x, gamma, s, t),
                         skip=Config.skip,

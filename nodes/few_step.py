@@ -1,11 +1,13 @@
 """splam_core's few-step sampler in ComfyUI's variables: as a k-diffusion sampler, and its sigmas as a scheduler."""
 
+import sys
+
 import comfy.k_diffusion.sampling
 import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
-from ..splam_core.sampler import add_noise, cpu_noise, renoise_generator, sample
+from ..splam_core.sampler import add_noise, fresh_noise, sample
 from ..splam_core.schedule import broadcast_to, few_step_timesteps
 from ..splam_core.subpath import SubPathLinear
 from .gamma import Point, asking_at
@@ -52,7 +54,8 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None,
     """Consistency sampling (eq. 19; Song et al., algorithm 1), one model evaluation a step (1 + `refinements`).
 
     Works on any MODEL of a discrete schedule: without SPLAM's parametrisation the boundary scalings are applied here.
-    The fresh noise comes from SPLAM's own generator, so that a seed means one picture on every ComfyUI version.
+    The fresh noise is a function of the seed, the timestep and the picture's number in its batch; without a seed (the
+    host's DisableNoise) of seed 0.
     """
     extra_args = {} if extra_args is None else extra_args
     check_latent("SPLAM", x, model.inner_model.inner_model.latent_format.latent_channels)
@@ -90,16 +93,31 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None,
             sigma = sigmas[step]
             callback({"x": z / schedule.alpha(t), "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": x0})
 
-    fresh_noise = cpu_noise(renoise_generator(extra_args.get("seed") or 0))
+    noise = fresh_noise(extra_args.get("seed") or 0, _numbers_in_batch(len(x)))
     with progress:
         z = x * schedule.alpha(timesteps[0])
-        x0 = sample(
-            denoise, z, timesteps[:evaluations], schedule, fresh_noise, report, refinements, denoise_gamma, subpath
-        )
+        x0 = sample(denoise, z, timesteps[:evaluations], schedule, noise, report, refinements, denoise_gamma, subpath)
     if len(timesteps) == evaluations:
         return x0
     # The sigmas stop above zero: another sampler goes on from there.
-    return add_noise(x0, fresh_noise(x0), timesteps[-1], schedule) / schedule.alpha(timesteps[-1])
+    return add_noise(x0, noise(x0, int(timesteps[-1])), timesteps[-1], schedule) / schedule.alpha(timesteps[-1])
+
+
+def _numbers_in_batch(count: int) -> list[int]:
+    """[count]: the number in its batch from which the host draws each picture's initial noise.
+
+    A LATENT carries it as `batch_index`, which the host reads in the node that samples and does not pass on, at noise
+    switched off not at all: so it is read where it stands, in the nearest caller that holds a LATENT of this many.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        for value in frame.f_locals.values():
+            samples = value.get("samples") if isinstance(value, dict) else None
+            if isinstance(samples, torch.Tensor) and len(samples) == count:
+                numbers = value.get("batch_index")
+                return list(range(count)) if numbers is None or len(numbers) != count else list(numbers)
+        frame = frame.f_back
+    return list(range(count))
 
 
 def _surplus_noise(model, sampling, sigma):

@@ -20,7 +20,7 @@ from .gamma import (
     sinusoid,
 )
 from .objective import Objective, ema_update, l2, pseudo_huber, sample_gamma, subpath_for
-from .sampler import add_noise, cpu_noise, renoise_generator, sample
+from .sampler import add_noise, fresh_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
 from .solver import SOLVERS, ddim_step, guided, multiple_estimation
 from .subpath import DirectLinking, SubPath, SubPathLinear
@@ -37,13 +37,13 @@ __all__ = [
     "authors_embedding",
     "boundary_scalings",
     "broadcast_to",
-    "cpu_noise",
     "ddim_step",
     "diffusers_to_ldm",
     "ema_update",
     "few_step_timesteps",
     "fold",
     "fold_gamma",
+    "fresh_noise",
     "gamma_embedding",
     "guidance_embedding",
     "guided",

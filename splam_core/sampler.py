@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from .schedule import NoiseSchedule, broadcast_to
 from .solver import ddim_step
 from .subpath import SubPath, SubPathLinear
 
-# Added to a run's seed for the noise of the later steps, so that it never repeats the initial noise of this seed
-# or of a neighbouring one. Part of the pictures: never change it.
+# Added to the seed of a picture that is drawn outside a host, so that its fresh noise never repeats its initial noise
+# or that of a neighbouring seed. Part of the pictures: never change it.
 RENOISE_SEED_OFFSET = 0x53504C414D
 
 
@@ -22,17 +23,31 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> 
 
 
 def renoise_generator(seed: int) -> torch.Generator:
-    """The generator of a run's fresh noise: on the CPU, seeded with (seed + RENOISE_SEED_OFFSET) mod 2^64."""
+    """A generator of fresh noise for all steps of one picture, as diffusers' schedulers take it.
+
+    On the CPU, seeded with (seed + RENOISE_SEED_OFFSET) mod 2^64.
+    """
     return torch.Generator("cpu").manual_seed((seed + RENOISE_SEED_OFFSET) % 2**64)
 
 
-def cpu_noise(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """noise(x): gaussian noise of x's shape, drawn in float32 on the CPU, then moved to x: the same on every host."""
+def fresh_noise(seed: int, pictures: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
+    """noise(x, t) [B, ...]: what takes x0 of a seed's `pictures` [B] to timestep t; drawn in float32 on the CPU.
 
-    def noise(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    Each picture's is a function of the seed, the timestep and its number in the batch alone, so that a batch is its
+    pictures made one by one, and a run in pieces is the whole run.
+    """
+
+    def noise(x: Tensor, t: int) -> Tensor:
+        drawn = [torch.randn(x.shape[1:], generator=_generator(seed, t, picture)) for picture in pictures]
+        return torch.stack(drawn).to(x)
 
     return noise
+
+
+def _generator(seed: int, t: int, picture: int) -> torch.Generator:
+    """Seeded by a hash, since torch reads no more than 32 bits of a seed. Part of the pictures: never change it."""
+    digest = hashlib.sha256(f"{seed} {t} {picture}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def sample(
@@ -40,7 +55,7 @@ def sample(
     x: Tensor,
     timesteps: Tensor,
     schedule: NoiseSchedule,
-    noise: Callable[[Tensor], Tensor],
+    noise: Callable[[Tensor, int], Tensor],
     callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
     refinements: int = 0,
     denoise_gamma: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
@@ -50,7 +65,8 @@ def sample(
     """x0 [B, ...] from x at timesteps[0], one evaluation a step and `refinements` more where asked.
 
     denoise(x, t) is F at gamma = 1 (eq. 19) with t [B]; timesteps: [n] falling, see `few_step_timesteps`;
-    x: pure noise, or `add_noise` of an image for image-to-image; noise(x): fresh gaussian noise, see `cpu_noise`.
+    x: pure noise, or `add_noise` of an image for image-to-image;
+    noise(x, t): fresh gaussian noise like x that takes x0 to timestep t, see `fresh_noise`.
     callback(step, t, x, x0) runs after each step. refinements (experimental) go back over the sub-path to t-skip with
     denoise_gamma(x_gamma, gamma, s, t) on `subpath` (None: SubPathLinear(schedule)).
     Raises ValueError for no timesteps, and for refinements without denoise_gamma.
@@ -62,15 +78,16 @@ def sample(
             "refinements need a network that is conditioned on gamma: pass denoise_gamma, or set refinements to 0."
         )
     subpath = subpath or SubPathLinear(schedule)
-    for step, t in enumerate(timesteps.tolist()):
+    grid = timesteps.tolist()
+    for step, t in enumerate(grid):
         t_batch = torch.full((x.shape[0],), t, device=x.device)
         x0 = denoise(x, t_batch)
         for gamma in torch.linspace(1, 0, refinements + 2).tolist()[1:-1]:
             x0 = _refine(denoise_gamma, x, x0, gamma, t_batch, schedule, subpath, skip)
         if callback is not None:
             callback(step, t, x, x0)
-        if step + 1 < len(timesteps):
-            x = add_noise(x0, noise(x), timesteps[step + 1], schedule).to(x.dtype)
+        if step + 1 < len(grid):
+            x = add_noise(x0, noise(x, grid[step + 1]), timesteps[step + 1], schedule).to(x.dtype)
     return x0.to(x.dtype)
 
 

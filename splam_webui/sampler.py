@@ -85,7 +85,7 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
                 at = {"x": z / schedule.alpha(t).to(z), "i": step, "denoised": x0}
                 callback(at | {"sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
-        def noise(z: Tensor) -> Tensor:
+        def noise(z: Tensor, _: int) -> Tensor:
             return self.p.rng.next().to(z)  # the host's own, so that a batch equals its pictures made one by one
 
         timesteps = self.timesteps

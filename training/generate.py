@@ -101,7 +101,7 @@ def _splam(
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return denoiser(lambda x, t, _: guided_output(pipeline, x, t, conditioning, negative, w), x, None, None, t)
 
-    def noise(x: Tensor) -> Tensor:
+    def noise(x: Tensor, _: int) -> Tensor:
         return torch.stack([torch.randn(x.shape[1:], generator=one) for one in generators]).to(x)
 
     return sample(denoise, x, few_step_timesteps(steps), pipeline.schedule, noise)

@@ -9,8 +9,8 @@ from splam_core import (
     Denoiser,
     DirectLinking,
     add_noise,
-    cpu_noise,
     few_step_timesteps,
+    fresh_noise,
     renoise_generator,
     sample,
 )
@@ -45,7 +45,7 @@ def our_trajectory(schedule, net, x, steps, strength, prediction_type, seed):
         x,
         few_step_timesteps(steps, strength),
         schedule,
-        lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        lambda x, t: torch.randn(x.shape, generator=generator, dtype=x.dtype),
         lambda step, t, x, x0: visited.append((t, x, x0)),
     )
     assert torch.equal(x0, visited[-1][2]), "the last step returns x0 itself, without noise"
@@ -97,9 +97,9 @@ def test_add_noise_equals_diffusers(schedule, t):
 def test_one_evaluation_a_step_and_fresh_noise_between(schedule):
     seen, drawn = [], []
 
-    def noise(x):
-        drawn.append(torch.randn_like(x))
-        return drawn[-1]
+    def noise(x, t):
+        drawn.append((t, torch.randn_like(x)))
+        return drawn[-1][1]
 
     def denoise(x, t):
         seen.append((x, t))
@@ -109,7 +109,8 @@ def test_one_evaluation_a_step_and_fresh_noise_between(schedule):
     sample(denoise, torch.randn(3, 4, 8, 8), timesteps, schedule, noise)
     assert [t.tolist() for _, t in seen] == [[t] * 3 for t in timesteps.tolist()]
     assert len(drawn) == 3
-    for ((x, _), (x_next, t_next)), fresh in zip(pairwise(seen), drawn, strict=True):
+    for ((x, _), (x_next, t_next)), (t, fresh) in zip(pairwise(seen), drawn, strict=True):
+        assert t_next.tolist() == [t] * 3
         assert torch.allclose(x_next, add_noise(0.5 * x, fresh, t_next, schedule))
 
 
@@ -119,7 +120,7 @@ def test_half_precision_latents_stay_half(schedule):
         return x.float()
 
     x = torch.randn(1, 4, 8, 8).half()
-    assert sample(denoise, x, few_step_timesteps(2), schedule, cpu_noise(renoise_generator(0))).dtype == torch.float16
+    assert sample(denoise, x, few_step_timesteps(2), schedule, fresh_noise(0, [0])).dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", [None, DirectLinking])
@@ -142,7 +143,7 @@ def test_refinements_keep_the_answer_of_a_perfect_student_of_a_point_mass(schedu
         return denoiser(net, x, gamma, s, t)
 
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    noise = cpu_noise(renoise_generator(0))
+    noise = fresh_noise(0, range(2))
     arguments = {"denoise_gamma": denoise_gamma, "subpath": subpath, "skip": 100}
     x0 = sample(denoise, x, few_step_timesteps(2), schedule, noise, refinements=3, **arguments)
     assert gammas == pytest.approx([0.75, 0.5, 0.25] * 2)
@@ -152,40 +153,56 @@ def test_refinements_keep_the_answer_of_a_perfect_student_of_a_point_mass(schedu
 def test_refinements_and_empty_schedules_are_explained(schedule):
     x = torch.randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="denoise_gamma"):
-        sample(lambda x, t: x, x, few_step_timesteps(2), schedule, torch.randn_like, refinements=1)
+        sample(lambda x, t: x, x, few_step_timesteps(2), schedule, None, refinements=1)
     with pytest.raises(ValueError, match="few_step_timesteps"):
-        sample(lambda x, t: x, x, torch.tensor([]), schedule, torch.randn_like)
+        sample(lambda x, t: x, x, torch.tensor([]), schedule, None)
 
 
-def test_renoise_is_a_function_of_the_seed_alone():
-    like = torch.empty(2, 4, 8, 8)
-
-    def first(seed, like=like):
-        return cpu_noise(renoise_generator(seed))(like)
-
+def test_fresh_noise_is_a_function_of_seed_timestep_and_picture():
+    like = torch.empty(3, 4, 8, 8)
     before = torch.get_rng_state()
-    assert torch.equal(first(7), first(7))
+    noise = fresh_noise(7, [0, 1, 2])(like, 499)
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
-    assert not torch.equal(first(7), first(8))
-    assert torch.equal(first(7, like.half()), first(7).half()), "drawn in float32, whatever the latents are"
-    assert torch.equal(first(-1), first(2**64 - 1))
-    assert first(2**64 - 1).shape == like.shape
+    assert noise.shape == like.shape
+    assert torch.equal(fresh_noise(7, [0, 1, 2])(like.half(), 499), noise.half()), "drawn in float32"
+    assert torch.equal(fresh_noise(7, [1])(like[:1], 499), noise[1:2]), "a batch is its pictures one by one"
+    assert torch.equal(fresh_noise(7, [2, 2, 0])(like, 499), noise[[2, 2, 0]])
+    others = [fresh_noise(seed, [0])(like[:1], t)[0] for seed, t in ((7, 19), (8, 499), (2**64 - 1, 499))]
+    drawn = [*noise, *others]
+    assert all(not torch.equal(drawn[i], drawn[j]) for i in range(len(drawn)) for j in range(i))
 
 
-def test_renoise_never_repeats_the_initial_noise():
+def test_a_run_in_pieces_is_the_whole_run(schedule):
+    def denoise(x, t):
+        return network(x, t, None)
+
+    x, timesteps, noise = torch.randn(2, 4, 8, 8), few_step_timesteps(4), fresh_noise(3, [0, 1])
+    whole = sample(denoise, x, timesteps, schedule, noise)
+    for cut in (1, 2, 3):
+        x0 = sample(denoise, x, timesteps[:cut], schedule, fresh_noise(3, [0, 1]))
+        t = timesteps[cut]
+        again = add_noise(x0, noise(x0, int(t)), t, schedule)
+        assert torch.equal(sample(denoise, again, timesteps[cut:], schedule, noise), whole)
+
+
+def test_fresh_noise_never_repeats_the_initial_noise():
     """Hosts draw the initial noise from the seed itself, and some add one to it later."""
     like = torch.empty(1, 4, 8, 8)
     for seed in (0, 1, 123456789, 2**63, 2**64 - 1):
-        ours = cpu_noise(renoise_generator(seed))(like)
+        generator = renoise_generator(seed)
+        found = [fresh_noise(seed, [0])(like, t) for t in (0, 1, 999)] + [torch.randn(like.shape, generator=generator)]
         for other in (seed, seed + 1, seed + 2):
             theirs = torch.randn(like.shape, generator=torch.Generator().manual_seed(other % 2**64))
-            assert not torch.equal(ours, theirs)
+            assert not any(torch.equal(ours, theirs) for ours in found)
 
 
-def test_renoise_values_are_fixed_for_good():
+def test_fresh_noise_is_fixed_for_good():
     """Pictures are reproducible by seed: these digits may not change."""
-    found = cpu_noise(renoise_generator(42))(torch.empty(1, 4, 8, 8)).flatten()[:4]
-    assert torch.allclose(found, torch.tensor(EXPECTED_42), atol=1e-6)
+    found = fresh_noise(42, [3])(torch.empty(1, 4, 8, 8), 499).flatten()[:4]
+    assert torch.allclose(found, torch.tensor(EXPECTED_42_499_3), atol=1e-6)
+    found = torch.randn(1, 4, 8, 8, generator=renoise_generator(42)).flatten()[:4]
+    assert torch.allclose(found, torch.tensor(EXPECTED_RENOISE_42), atol=1e-6)
 
 
-EXPECTED_42 = [1.223471, -0.636614, -1.372773, -0.221913]
+EXPECTED_42_499_3 = [0.732239, -0.545629, -0.086365, -0.272540]
+EXPECTED_RENOISE_42 = [1.223471, -0.636614, -1.372773, -0.221913]
