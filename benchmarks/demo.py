@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.sheet import save_sheet
+from training.pictures import save_sheet
 
 from .comfy_server import ROOT, ComfyServer, ServerError, exit_on_sigterm, to_api
 from .graphs import save_image, stock, text_to_image

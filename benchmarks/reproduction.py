@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splam_core import Denoiser, Objective, few_step_timesteps, multiple_estimation, renoise_generator, sample
-from training.config import Config, complete
-from training.generate import generate, guided_output, unet_evaluations
-from training.networks import DTYPES
-from training.pipeline import ASSETS, Pipeline, load_pipeline
+from training.run.config import Config, complete
+from training.models.sampling import generate, guided_output, unet_evaluations
+from training.run.networks import DTYPES
+from training.models.pipeline import ASSETS, Pipeline, load_pipeline
 from training.scoring.curves import (
     TIMESTEPS,
     delta,
@@ -43,7 +43,7 @@ from training.scoring.curves import (
 from training.scoring.drawing import to_uint8
 from training.scoring.embedded_scores import drawn_captions, features, load_judge, rendered, scores_of
 from training.scoring.metrics import frechet_distance, frechet_distance_clipped
-from training.trainer import Distillation
+from training.run.loop import Distillation
 
 from .comfy_server import ROOT
 

@@ -27,13 +27,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from training.config import Config, parse
+from training.run.config import Config, parse
 from training.export import save_diffusers, save_lora
-from training.model_files import read_model, write_single_file
-from training.networks import DTYPES, base_dtype, merged
-from training.pipeline import Pipeline, load_pipeline, weights_hash
-from training.plan import print_plan
-from training.progress import (
+from training.models.files import read_model, write_single_file
+from training.run.networks import DTYPES, base_dtype, merged
+from training.models.pipeline import Pipeline, load_pipeline, weights_hash
+from training.run.plan import print_plan
+from training.run.report import (
     Sheets,
     Trackers,
     flat_scores,
@@ -42,8 +42,8 @@ from training.progress import (
     save_curves,
     save_workflow,
 )
-from training.trainer import Distillation, Progress
-from training.validation import Score
+from training.run.loop import Distillation, Progress
+from training.run.validation import Score
 
 
 def load_teacher(config: Config, device: torch.device | str) -> Pipeline:

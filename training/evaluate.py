@@ -29,8 +29,8 @@ if __package__ in (None, ""):  # run by path
 import torch
 
 from splam_core import few_step_timesteps
-from training.generate import SAMPLERS, unet_evaluations
-from training.pipeline import NAMED
+from training.models.sampling import SAMPLERS, unet_evaluations
+from training.models.pipeline import NAMED
 from training.scoring import report
 from training.scoring.drawing import SCENE_SOURCES, Drawn, draw, load_model, measure_curves, size_of
 from training.scoring.embedded_scores import drawn_captions, read_scene_captions, scores_of
@@ -46,7 +46,7 @@ from training.scoring.perceptual import (
     load_inception,
 )
 from training.scoring.protocols import PROTOCOLS, protocol_captions
-from training.teachers import resolve
+from training.models.teachers import resolve
 
 SCORES = ("inception", "clip")
 DTYPES = ("fp32", "fp16", "bf16")

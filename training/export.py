@@ -27,11 +27,11 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPi
 from torch import Tensor
 
 from splam_core import load_file, lora_to_kohya, read_metadata, save_file
-from training.merge_lora import merge_lora
-from training.model_files import ModelFiles, model_spec, read_model, write_folder, write_single_file
-from training.networks import merged
-from training.pipeline import Pipeline
-from training.teachers import resolve
+from training.models.lora import merge_lora
+from training.models.files import ModelFiles, model_spec, read_model, write_folder, write_single_file
+from training.run.networks import merged
+from training.models.pipeline import Pipeline
+from training.models.teachers import resolve
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("diffusers", "single-file", "lora")

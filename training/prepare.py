@@ -35,8 +35,8 @@ from training.data.base import FEW, cache_settings, check_skipped, encoder_of, s
 from training.data.latents import DTYPES, META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
 from training.data.samples import SHARDS, read_meta, shards_of
 from training.data.sources import Listing, Record, Skip
-from training.pipeline import Pipeline, load_pipeline
-from training.teachers import resolve
+from training.models.pipeline import Pipeline, load_pipeline
+from training.models.teachers import resolve
 
 
 class Preparation:

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from benchmarks.comfy_server import to_api
 from benchmarks.graphs import save_latent, text_to_image
 from benchmarks.reference import Reference, node_noises, relative_error
-from training.config import parse
+from training.run.config import parse
 from training.distill import distill
 from training.export import export, parser
 

@@ -18,11 +18,11 @@ from transformers import CLIPTextModel
 from benchmarks.comfy_server import ComfyServer
 from benchmarks.graphs import save_latent, text_to_image
 from benchmarks.reference import few_step, node_noises, relative_error
-from training.architectures import ARCHITECTURES
-from training.config import parse
-from training.model_files import ModelFiles, write_folder, write_single_file
-from training.pipeline import load_pipeline
-from training.plan import plan
+from training.models.architectures import ARCHITECTURES
+from training.run.config import parse
+from training.models.files import ModelFiles, write_folder, write_single_file
+from training.models.pipeline import load_pipeline
+from training.run.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, SEED = "a red fox asleep in fresh snow", 1234

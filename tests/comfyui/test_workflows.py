@@ -15,8 +15,8 @@ from PIL import Image
 from benchmarks.comfy_server import PACK, ROOT, to_api
 from benchmarks.workflows import EMBEDDED, FOLDER, names, node_titled, read
 from splam_core.checkpoint import diffusers_to_ldm, load_file, save_file
-from training.embedded.judge import load_judge
-from training.embedded.scenes import parse_caption
+from training.scenes.judge import load_judge
+from training.scenes.shapes import parse_caption
 
 pytestmark = pytest.mark.comfyui
 NOTES = ("Note", "MarkdownNote")

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.embedded.teacher import build_scheduler
-from training.pipeline import EMBEDDED
+from training.models.pipeline import EMBEDDED
 
 
 def text_config(**options):
@@ -115,7 +115,7 @@ def tiny_v(tmp_path_factory, tiny_pipeline):
 @pytest.fixture(scope="session")
 def small():
     """Distil a teacher for a few steps, in this process: small(teacher, output_dir, steps, *more arguments)."""
-    from training.config import parse
+    from training.run.config import parse
     from training.distill import distill
 
     def run(teacher, output_dir, steps, *more):

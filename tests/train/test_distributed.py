@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from training import trainer
-from training.config import parse
-from training.sharding import sharding_mesh, uses_zero
+from training.run.config import parse
+from training.run.sharding import sharding_mesh, uses_zero
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -25,11 +25,11 @@ pytestmark = [pytest.mark.train, pytest.mark.skipif(sys.platform == "win32", rea
 DESCENT = """
 import sys
 import torch
-import training.optimizers, training.trainer
+import training.run.optimizers, training.run.loop
 def build(name, parameters, learning_rate, *_):
     return torch.optim.SGD(parameters, learning_rate)
-training.trainer.build_optimizer = build
-from training.config import parse
+training.run.loop.build_optimizer = build
+from training.run.config import parse
 from training.distill import distill
 distill(parse(sys.argv[1:]))
 """
@@ -39,11 +39,11 @@ distill(parse(sys.argv[1:]))
 HOLDINGS = """
 import json, sys
 from pathlib import Path
-import training.trainer
-from training.config import parse
+import training.run.loop
+from training.run.config import parse
 from training.distill import distill
-from training.sharding import own_shards
-config, update = parse(sys.argv[1:]), training.trainer.update_averages
+from training.run.sharding import own_shards
+config, update = parse(sys.argv[1:]), training.run.loop.update_averages
 def holdings(networks, *rest):
     held = {role: networks.weights(role) for role in ("student", "target", "release")}
     held["teacher"] = own_shards(networks.teacher.state_dict())
@@ -54,7 +54,7 @@ def holdings(networks, *rest):
     Path(config.output_dir, f"held-{torch.distributed.get_rank()}.json").write_text(json.dumps(sizes))
     update(networks, *rest)
 import torch
-training.trainer.update_averages = holdings
+training.run.loop.update_averages = holdings
 distill(config)
 """
 

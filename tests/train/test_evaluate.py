@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from splam_core import guidance_embedding, lora_to_kohya, renoise_generator
 from training.embedded.loop import to_tensor
-from training.embedded.scenes import scene
+from training.scenes.shapes import scene
 from training.evaluate import Request, evaluate, main
-from training.generate import generate
-from training.pipeline import load_pipeline
+from training.models.sampling import generate
+from training.models.pipeline import load_pipeline
 from training.scoring import report
 from training.scoring.drawing import draw, load_model
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered

@@ -13,9 +13,9 @@ from transformers import CLIPTextModelWithProjection
 
 from splam_core.checkpoint import read_metadata
 from training.export import export, extract_lora, parser
-from training.generate import generate
-from training.model_files import read_model, write_single_file
-from training.pipeline import load_pipeline
+from training.models.sampling import generate
+from training.models.files import read_model, write_single_file
+from training.models.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -31,7 +31,7 @@ STEPS = 50
 def losses(flags: list[str], folder: Path) -> list[float]:
     import torch
 
-    from training.config import parse
+    from training.run.config import parse
     from training.distill import distill
 
     torch.set_num_threads(1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from training.architectures import Architecture
-from training.config import complete, parse
-from training.plan import activation_bytes, describe, largest_batch, plan
+from training.models.architectures import Architecture
+from training.run.config import complete, parse
+from training.run.plan import activation_bytes, describe, largest_batch, plan
 
 pytestmark = pytest.mark.train
 
@@ -92,7 +92,7 @@ def test_the_presets_are_listed(capsys):
 
 
 def test_measuring_a_few_steps(small, tiny_pipeline, capsys):
-    from training.plan import print_plan
+    from training.run.plan import print_plan
 
     print_plan(parse([
         "--teacher", str(tiny_pipeline), "--plan", "--measure", "--data", "embedded", "--num-scenes", "8",

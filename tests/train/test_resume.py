@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from training import checkpoints
-from training.checkpoints import CheckpointError, latest_checkpoint
-from training.trainer import EXPLOSION, WINDOW, Distillation
+from training.run.checkpoints import CheckpointError, latest_checkpoint
+from training.run.loop import EXPLOSION, WINDOW, Distillation
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train

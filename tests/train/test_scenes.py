@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.embedded.judge import load_judge, shows
+from training.scenes.judge import load_judge, shows
 from training.embedded.loop import to_tensor
-from training.embedded.scenes import (
+from training.scenes.shapes import (
     COLOURS,
     DIRECTIONS,
     IMAGE_SIZE,
@@ -21,7 +21,7 @@ from training.embedded.scenes import (
     signed_distance,
 )
 from training.embedded.text import SIDES, layout
-from training.pipeline import ASSETS
+from training.models.pipeline import ASSETS
 
 pytestmark = pytest.mark.train
 

@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from training.pipeline import EMBEDDED
-from training.teachers import TEACHERS, command, lacking, list_teachers, resolve, weights_of
+from training.models.pipeline import EMBEDDED
+from training.models.teachers import TEACHERS, command, lacking, list_teachers, resolve, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -105,7 +105,7 @@ def _oid(file):
 # teachers.py takes only names from pipeline.py, whose libraries are slow to import.
 LIGHT = """
 import sys, types
-sys.modules["training.pipeline"] = types.SimpleNamespace(NAMED={})
+sys.modules["training.models.pipeline"] = types.SimpleNamespace(NAMED={})
 """
 
 
@@ -157,7 +157,7 @@ def test_names_files_and_folders_resolve_without_a_hub(tiny_pipeline, tmp_path):
 def test_missing_presets_name_command_size_home_and_mirror_and_ask_no_server(tmp_path):
     names = [name for name in TEACHERS if name != "embedded"]
     code = f"""
-from training.teachers import resolve
+from training.models.teachers import resolve
 for name in {names!r}:
     try:
         resolve(name)
@@ -192,7 +192,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(tiny_pipeline, tmp_path):
     assert kept > 0 and ranges[0] is None and ranges[1] == f"bytes={kept}-" and len(ranges) == 3
     assert not [path for _, path, _ in log if path.endswith(".bin")] and not list(folder.rglob("*.bin"))
     # Now it is here: without a server, and without being asked to download.
-    code = f"from training.pipeline import load_pipeline; print(load_pipeline({HOME!r}).latent_shape)"
+    code = f"from training.models.pipeline import load_pipeline; print(load_pipeline({HOME!r}).latent_shape)"
     result = in_another_process(code, tmp_path, light=False)
     assert "(4, 16, 16)" in result.stdout, result.stderr
 
@@ -202,7 +202,7 @@ def test_a_part_that_is_missing_is_named_and_fetched_by_the_second_call(tiny_pip
         impatient = "import time; time.sleep = lambda _: None\n" + FETCH.replace(f"= {CHUNK}", "= 10**7")
         broken = in_another_process(impatient, tmp_path, address)
     assert broken.returncode == 1 and "could not be fetched" in broken.stderr
-    asked = in_another_process(f"from training.teachers import resolve; resolve({HOME!r})", tmp_path)
+    asked = in_another_process(f"from training.models.teachers import resolve; resolve({HOME!r})", tmp_path)
     assert "lies in the local cache without unet/diffusion_pytorch_model.safetensors" in asked.stderr
     with hub({HOME: tiny_pipeline}) as (address, log):
         assert in_another_process(FETCH, tmp_path, address).returncode == 0
@@ -227,7 +227,7 @@ def test_the_command_in_the_message_does_fetch_it(tiny_pipeline, tmp_path):
     with hub({HOME: tiny_pipeline}) as (address, _):
         result = in_another_process(code.format([word.strip("'") for word in words]), tmp_path, address)
     assert result.returncode == 0, result.stderr
-    found = in_another_process(f"from training.teachers import resolve; print(resolve({HOME!r}))", tmp_path)
+    found = in_another_process(f"from training.models.teachers import resolve; print(resolve({HOME!r}))", tmp_path)
     assert found.returncode == 0, found.stderr
 
 

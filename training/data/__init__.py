@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..embedded.scenes import IMAGE_SIZE, draw_caption, scene
-from ..pipeline import EMBEDDED, Pipeline
+from ..scenes.shapes import IMAGE_SIZE, draw_caption, scene
+from ..models.pipeline import EMBEDDED, Pipeline
 from .base import TrainingData
 from .latents import META
 from .options import DataOptions, at_resolution

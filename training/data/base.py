@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pipeline import Conditioning, Pipeline
+from ..models.pipeline import Conditioning, Pipeline
 from .images import nearest_bucket, picture_size
 from .latents import Encoder, Sample, Size
 from .options import AESTHETIC, WATERMARK, DataOptions

@@ -20,8 +20,8 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..generate import guided_output
-from ..pipeline import Pipeline
+from ..models.sampling import guided_output
+from ..models.pipeline import Pipeline
 from .images import crop, load_picture
 from .sources import Record, Skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..pipeline import Pipeline
+from ..models.pipeline import Pipeline
 from .images import aspect_buckets
 from .latents import Size
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipeline import Pipeline
+from ..models.pipeline import Pipeline
 from .base import FEW, TrainingData, cache_folder, cache_settings, check_skipped, encoder_of, sift
 from .latents import (
     GROUP,

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..export import drop_paths
-from ..pipeline import ASSETS, EMBEDDED
+from ..models.pipeline import ASSETS, EMBEDDED
 
 
 def main() -> None:

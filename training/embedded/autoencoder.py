@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from .loop import batches, to_tensor, train
-from .scenes import IMAGE_SIZE, scene
+from ..scenes.shapes import IMAGE_SIZE, scene
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's, so that every host's latent format fits
 CROP = 64

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.images import to_tensor
-from .scenes import scene
+from ..scenes.shapes import scene
 
 
 class Scenes(Dataset):

@@ -21,12 +21,12 @@ from transformers import CLIPTokenizer
 
 from splam_core import NoiseSchedule
 
-from ..generate import generate
-from ..pipeline import EMBEDDED, Pipeline
-from ..sheet import save_sheet, to_images
+from ..models.sampling import generate
+from ..models.pipeline import EMBEDDED, Pipeline
+from ..pictures import save_sheet, to_images
 from .autoencoder import SCALING_FACTOR
 from .loop import save_atomic, scene_pictures, train
-from .scenes import IMAGE_SIZE, parse_caption, scene
+from ..scenes.shapes import IMAGE_SIZE, parse_caption, scene
 from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
 CHUNK = 32  # scenes encoded at once

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .loop import train
-from .scenes import COLOURS, DIRECTIONS, SHAPES, SIZES, Caption, draw_caption
+from ..scenes.shapes import COLOURS, DIRECTIONS, SHAPES, SIZES, Caption, draw_caption
 
 WIDTH = 64
 END = 49407  # CLIP's end token, which pads as well

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from splam_core import fold_gamma
 
-from ..embedded.scenes import Caption
-from ..generate import generate, unet_evaluations
-from ..merge_lora import merge_lora
-from ..pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
-from ..teachers import resolve
+from ..scenes.shapes import Caption
+from ..models.sampling import generate, unet_evaluations
+from ..models.lora import merge_lora
+from ..models.pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
+from ..models.teachers import resolve
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
 from .embedded_scores import drawn_captions, rendered
 from .pictures import PictureFolder, Source, batches_of

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.images import to_tensor
-from ..embedded.judge import Judge, load_judge
-from ..embedded.scenes import Caption, draw_caption, parse_caption, place, render, scene
-from ..pipeline import ASSETS
+from ..scenes.judge import Judge, load_judge
+from ..scenes.shapes import Caption, draw_caption, parse_caption, place, render, scene
+from ..models.pipeline import ASSETS
 from .metrics import (
     frechet_distance,
     frechet_distance_clipped,

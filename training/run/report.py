@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from .config import Config
-from .embedded.scenes import scene
-from .generate import generate
+from ..scenes.shapes import scene
+from ..models.sampling import generate
 from .networks import Networks
-from .pipeline import Pipeline
-from .sheet import save_sheet, to_images
+from ..models.pipeline import Pipeline
+from ..pictures import save_sheet, to_images
 from .validation import Score
 
 PROMPTS = 8
@@ -33,7 +33,7 @@ SAMPLE_PROMPTS = (
     "a glass of water on a wooden table, sunlight through it",
     "a robot tending tomatoes in a greenhouse, watercolour",
 )
-WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "splam_txt2img.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "splam_txt2img.json"
 
 
 def sample_prompts(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from splam_core import NoiseSchedule
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 EMBEDDED = ASSETS / "embedded"
 NAMED = {"embedded": EMBEDDED, "embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import LORA_TARGETS, Config
-from .pipeline import Pipeline
+from ..models.pipeline import Pipeline
 from .sharding import gathered, own_shards, shard, shards_of
 
 if TYPE_CHECKING:

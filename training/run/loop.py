@@ -43,8 +43,8 @@ from .checkpoints import (
     write_weights,
 )
 from .config import Config
-from .data import draws, open_data
-from .generate import guided_output
+from ..data import draws, open_data
+from ..models.sampling import guided_output
 from .networks import (
     GAMMA_DIM,
     FullNetworks,
@@ -54,7 +54,7 @@ from .networks import (
     update_averages,
 )
 from .optimizers import build_optimizer
-from .pipeline import Conditioning, Pipeline, unet_arguments
+from ..models.pipeline import Conditioning, Pipeline, unet_arguments
 from .sharding import (
     gathered_moments,
     gathered_optimizer,

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from .architectures import ARCHITECTURES, Architecture
+from ..models.architectures import ARCHITECTURES, Architecture
 from .config import LORA_TARGETS, Config
 from .networks import DTYPES, GAMMA_DIM, base_dtype, gamma_conditioning
 from .optimizers import state_bytes
-from .teachers import TEACHERS, resolve
+from ..models.teachers import TEACHERS, resolve
 
 GB = 1e9
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
@@ -121,7 +121,7 @@ def shapes(config: Config) -> tuple[Architecture, int]:
             text_encoder_2=_json(second) if second.is_file() else None,
         )
     else:
-        from .model_files import family_of_file
+        from ..models.files import family_of_file
 
         architecture = ARCHITECTURES[preset.family if preset else family_of_file(folder)]
     native = architecture.unet["sample_size"] * 2 ** (len(architecture.vae["block_out_channels"]) - 1)
@@ -278,8 +278,8 @@ def measure(config: Config, steps: int = 3) -> str:
     """Time a few steps after a first one; nothing is kept."""
     from accelerate import Accelerator
 
-    from .distill import load_teacher, peak_memory
-    from .trainer import Distillation
+    from ..distill import load_teacher, peak_memory
+    from .loop import Distillation
 
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=Path(folder), checkpointing_steps=10**9, resume_from_checkpoint=None)

@@ -4,7 +4,7 @@ A small convolutional detector: on a 16x16 grid (8 px cells) one map says where 
 shape, colour and size there. A picture is *fully right* if it shows exactly the caption's things in the caption's
 relation. Its pooled features carry the Frechet distance of the `embedded` protocol.
 
-    python -m training.embedded.judge --run-dir runs/embedded
+    python -m training.scenes.judge --run-dir runs/embedded
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .loop import batches, to_tensor, train
-from .scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Caption, Placed, Thing, related, scene
+from ..embedded.loop import batches, to_tensor, train
+from .shapes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Caption, Placed, Thing, related, scene
 
 GROUPS = (len(SHAPES), len(COLOURS), len(SIZES))
 CELL = 8
