@@ -28,10 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splam_core import Denoiser, Objective, few_step_timesteps, multiple_estimation, renoise_generator, sample
-from training.run.config import Config, complete
+from training.models.load import load_pipeline
+from training.models.pipeline import DTYPES, Pipeline
 from training.models.sampling import generate, guided_output, unet_evaluations
-from training.run.networks import DTYPES
-from training.models.pipeline import ASSETS, Pipeline, load_pipeline
+from training.models.teachers import ASSETS
+from training.pictures import to_uint8
+from training.run.config import Config, complete
+from training.run.loop import Distillation
+from training.scenes.judge import load_judge
 from training.scoring.curves import (
     TIMESTEPS,
     delta,
@@ -40,10 +44,8 @@ from training.scoring.curves import (
     teacher_endpoints,
     teacher_function,
 )
-from training.scoring.drawing import to_uint8
-from training.scoring.embedded_scores import drawn_captions, features, load_judge, rendered, scores_of
+from training.scoring.embedded_scores import drawn_captions, features, rendered, scores_of
 from training.scoring.metrics import frechet_distance, frechet_distance_clipped
-from training.run.loop import Distillation
 
 from .comfy_server import ROOT
 

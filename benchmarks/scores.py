@@ -12,7 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from training.evaluate import Request, evaluate
+from training.evaluate import evaluate
+from training.scoring.request import Request
 
 ROWS = {
     "renders (the judge's ceiling)": {"model": "renders"},

@@ -28,30 +28,19 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from training.run.config import Config, parse
-from training.export import save_diffusers, save_lora
-from training.models.files import read_model, write_single_file
-from training.run.networks import DTYPES, base_dtype, merged
-from training.models.pipeline import Pipeline, load_pipeline, weights_hash
-from training.run.plan import print_plan
+from training.run.loop import Distillation, Progress
+from training.run.measure import measure
+from training.run.networks import load_teacher
+from training.run.plan import describe, plan
+from training.run.publish import finish
 from training.run.report import (
     Sheets,
     Trackers,
     flat_scores,
     keep_log,
-    save_card,
-    save_curves,
-    save_workflow,
+    peak_memory,
 )
-from training.run.loop import Distillation, Progress
 from training.run.validation import Score
-
-
-def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
-    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
-    dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
-    return load_pipeline(
-        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
-    )
 
 
 def distill(config: Config) -> None:
@@ -150,7 +139,7 @@ def _watched(run: Distillation) -> None:
     role = _best(scores)
     sheets = None
     sheet = sheet or max(out.glob("sheet-*.png"), default=None)
-    _finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
+    finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
 
 
 def _line(progress: Progress) -> str:
@@ -158,64 +147,6 @@ def _line(progress: Progress) -> str:
     if torch.cuda.is_available():
         return f"{text}, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     return f"{text}, {peak_memory() / 1e9:.1f} GB"
-
-
-def peak_memory() -> float:
-    """This process's peak memory in bytes; 0 where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
-    """The student on disk in every form, with its card and workflow."""
-    config, out, dtype = run.config, run.config.output_dir, DTYPES[run.config.export_dtype]
-    lora = run.networks.lora(role) if config.lora else None
-    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
-    state = None if lora else run.networks.export(role)
-    step, samples, best, described, skipped = run.step, run.samples, run.best, run.data.describe(), run.data.skipped
-    run.free()
-    # The teacher once more, whole and in fp32: in memory it may have been rounded.
-    teacher = load_teacher(config, "cpu")
-    digest = weights_hash(teacher.unet)
-    teacher.unet.load_state_dict(merged(teacher.unet.state_dict(), lora, scale) if lora else state)
-    torch.nn.Module.to(teacher.unet, dtype)
-    folder = out / "pipeline"
-    save_diffusers(teacher, teacher.unet, folder, dtype)
-    model = read_model(folder)
-    metadata = {
-        "splam.method": config.method,
-        "splam.skip": str(config.skip),
-        "splam.solver": config.solver,
-        "splam.solver_skip": str(config.solver_skip),
-        "splam.guidance_scale": str(config.guidance_scale),
-        "splam.teacher": Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
-        "splam.teacher_hash": digest,
-    }
-    if lora is None:
-        file = out / f"{config.name}.splam.safetensors"
-        write_single_file(model, file, config.name, metadata)
-        workflow = save_workflow(config, teacher, out, file.name, None)
-    else:
-        file = out / f"{config.name}.splam-lora.safetensors"
-        save_lora(lora, file, model, scale, dtype, config.name, metadata)
-        base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
-        workflow = save_workflow(config, teacher, out, base, file.name)
-    save_curves(out, out / "curves.png")
-    result = {
-        "steps": step,
-        "samples": samples,
-        "exported": role,
-        **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
-        "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
-        "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
-        "teacher (SHA-256 of its weights)": digest,
-        "samples skipped": len(skipped),
-    }
-    save_card(config, out, result, described, sheet, ["pipeline/", file.name, workflow.name])
-    print(f"exported: {role}\nstudent: {folder}\nsingle file: {file}\nworkflow: {workflow}")
 
 
 def main() -> int:
@@ -229,6 +160,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan and, with --measure, what a few steps really take on this machine."""
+    found = plan(config)
+    print(describe(config, found))
+    if config.measure:
+        print(measure(config))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path
@@ -28,62 +27,23 @@ if __package__ in (None, ""):  # run by path
 
 import torch
 
-from splam_core import few_step_timesteps
+from training.models.pipeline import DTYPES
 from training.models.sampling import SAMPLERS, unet_evaluations
-from training.models.pipeline import NAMED
+from training.models.teachers import NAMED
 from training.scoring import report
-from training.scoring.drawing import SCENE_SOURCES, Drawn, draw, load_model, measure_curves, size_of
-from training.scoring.embedded_scores import drawn_captions, read_scene_captions, scores_of
+from training.scoring.drawing import Drawn, draw, load_model, measure_curves
+from training.scoring.embedded_scores import scores_of
 from training.scoring.perceptual import (
     ReferenceSet,
     clip_score,
-    clip_weights,
     image_files,
     inception_features,
     inception_scores,
-    inception_weights,
     load_clip,
     load_inception,
 )
-from training.scoring.protocols import PROTOCOLS, protocol_captions
-from training.models.teachers import resolve
-
-SCORES = ("inception", "clip")
-DTYPES = ("fp32", "fp16", "bf16")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw and to score; the command's flags."""
-
-    model: str  # a name of NAMED, a folder, a file, or "renders" and "reconstructions", which bound what can be reached
-    protocol: str = "embedded"
-    sampler: str = "splam"
-    steps: int = 4
-    guidance_scale: float = 1.0  # w; 1 is none
-    num_images: int | None = None  # None: the protocol's
-    seed: int = 0  # of captions and noise
-    prompts: Path | None = None
-    output_dir: Path | None = None  # keeps the pictures, and lets a run go on
-    batch_size: int = 64
-    image_size: int | None = None  # px; None: the protocol's
-    device: str = "cpu"
-    dtype: str = "fp32"
-    lora: Path | None = None
-    lora_scale: float = 1.0
-    gamma_embedding: str = "splam"  # what a cond_proj in the checkpoint was trained to be told; see fold_gamma
-    shard: tuple[int, int] | None = None  # (i, n): draw every n-th batch from the i-th on, and do not score
-    scores: tuple[str, ...] = SCORES  # of the protocols that are not embedded
-    reference: Path | None = None  # folder, or .npz
-    save_reference: Path | None = None
-    inception_weights: Path | None = None
-    clip_model: str = "ViT-g-14"
-    clip_pretrained: str = "laion2b_s12b_b42k"
-    clip_weights: Path | None = None
-    curves: int = 0  # pictures for endpoint error and delta; 0: neither
-    teacher: str = "embedded-teacher"  # whose paths the endpoint error follows
-    teacher_guidance_scale: float = 3.0
-    label: str | None = None  # the method's name in tables
+from training.scoring.protocols import PROTOCOLS
+from training.scoring.request import SCORES, Request, check, protocol_captions_of, size_of
 
 
 def evaluate(request: Request) -> dict | None:
@@ -115,46 +75,6 @@ def evaluate(request: Request) -> dict | None:
     result |= {"image_size": size_of(request), "lora": str(request.lora) if request.lora else None}
     result.setdefault("unet_evaluations_per_image", unet_evaluations(request.steps, request.guidance_scale))
     return result | ({"label": request.label} if request.label else {})
-
-
-def check(request: Request) -> None:
-    """What can be said of a request before anything is drawn, or loaded."""
-    if request.num_images is not None and request.num_images < 2 and not (request.num_images == 0 and request.curves):
-        raise ValueError(f"--num-images must be 2 or more (0 with --curves), got {request.num_images}")
-    if request.batch_size < 1:
-        raise ValueError(f"--batch-size must be 1 or more, got {request.batch_size}")
-    if request.sampler in ("splam", "lcm"):
-        few_step_timesteps(request.steps)
-    if request.model in SCENE_SOURCES:
-        if request.protocol != "embedded" or request.curves:
-            raise ValueError(f"--model {request.model} is of --protocol embedded, without --curves")
-    else:
-        resolve(request.model)
-    if request.protocol == "embedded" or request.num_images == 0:
-        return
-    fetch = PROTOCOLS[request.protocol].fetch
-    judged = () if request.shard else request.scores
-    if request.prompts is None or ("inception" in judged and request.reference is None):
-        raise FileNotFoundError(f"--protocol {request.protocol} needs --captions and --reference. {fetch}")
-    if request.output_dir is None:
-        raise ValueError(f"--protocol {request.protocol} needs --output-dir, where its pictures are kept")
-    if "inception" in judged:
-        inception_weights(request.inception_weights)
-        if not request.reference.exists():
-            raise FileNotFoundError(f"--reference {request.reference} is not there. {fetch}")
-    if "clip" in judged and not request.clip_model.startswith("local-dir:") and not request.clip_weights:
-        clip_weights(request.clip_model, request.clip_pretrained)
-
-
-def protocol_captions_of(request: Request) -> list:
-    """A caption for each picture: text, or of the embedded protocol Caption."""
-    if request.protocol != "embedded":
-        return protocol_captions(request.protocol, request.prompts, request.num_images)
-    count = request.num_images or PROTOCOLS["embedded"].images
-    if request.prompts is None:
-        return drawn_captions(request.seed, count)
-    captions = read_scene_captions(request.prompts)
-    return [captions[index % len(captions)] for index in range(count)]
 
 
 def embedded_scores(request: Request, drawn: Drawn, captions: list) -> dict:

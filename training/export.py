@@ -10,11 +10,8 @@ are folded: the result is plain Stable Diffusion. What is only renamed stays the
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,52 +20,16 @@ if __package__ in (None, ""):  # run by path
     __package__ = "training"
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler
 from torch import Tensor
 
-from splam_core import load_file, lora_to_kohya, read_metadata, save_file
-from training.models.lora import merge_lora
-from training.models.files import ModelFiles, model_spec, read_model, write_folder, write_single_file
-from training.run.networks import merged
-from training.models.pipeline import Pipeline
+from splam_core import load_file, read_metadata
+from training.models.files import ModelFiles, read_model, write_folder, write_single_file
+from training.models.lora import extract_lora, merge_lora, merged, save_lora
+from training.models.pipeline import DTYPES
 from training.models.teachers import resolve
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("diffusers", "single-file", "lora")
-
-
-def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
-    """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    parts = {
-        "vae": copy.deepcopy(pipeline.vae),
-        "text_encoder": copy.deepcopy(pipeline.text_encoder),
-        "tokenizer": pipeline.tokenizer,
-        "unet": copy.deepcopy(unet),
-        # The schedule is the teacher's; the stock pipelines then sample the student as they should.
-        "scheduler": LCMScheduler.from_config(pipeline.scheduler_config),
-    }
-    if pipeline.text_encoder_2 is not None:
-        second = {"text_encoder_2": copy.deepcopy(pipeline.text_encoder_2), "tokenizer_2": pipeline.tokenizer_2}
-        whole = StableDiffusionXLPipeline(
-            **parts, **second, force_zeros_for_empty_prompt=pipeline.zeros_for_empty, add_watermarker=False
-        )
-    else:
-        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        whole = StableDiffusionPipeline(**parts, **nothing)
-    whole.to(dtype=dtype).save_pretrained(partial)
-    drop_paths(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def drop_paths(folder: Path) -> None:
-    """Take out of the configurations where on this machine their models were loaded from."""
-    for file in folder.rglob("config.json"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_source(
@@ -130,64 +91,6 @@ def _keys(file: Path) -> list[str]:
 
     with safetensors.safe_open(str(file), framework="pt") as opened:
         return list(opened.keys())
-
-
-def extract_lora(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The LoRA (peft's names, alpha = rank) nearest to tuned - base: a truncated SVD of every matrix and kernel.
-
-    Biases and norms, which have no low rank, go in whole as .diff_b and .diff. At full rank it is exact.
-    Raises ValueError for UNets of different shapes.
-    """
-    if tuned.keys() != base.keys():
-        different = sorted(tuned.keys() ^ base.keys())
-        raise ValueError(f"--base is another architecture: {len(different)} keys differ, the first {different[0]}")
-    lora: dict[str, Tensor] = {}
-    for key, weight in tuned.items():
-        if weight.shape != base[key].shape:
-            raise ValueError(f"--base is another architecture: {key} is {tuple(base[key].shape)} there")
-        difference = weight.float() - base[key].float()
-        if not difference.any():
-            continue
-        module, _, kind = key.rpartition(".")
-        if kind == "bias":
-            lora[f"{module}.diff_b"] = difference
-        elif difference.ndim < 2:
-            lora[f"{module}.diff"] = difference
-        else:
-            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-            kept = min(rank, len(s))
-            root = s[:kept].sqrt()
-            down = (root[:, None] * v[:kept]).reshape(kept, *difference.shape[1:])
-            up = (u[:, :kept] * root).reshape(len(u), kept, *[1] * (difference.ndim - 2))
-            lora |= {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
-    return lora
-
-
-def save_lora(
-    lora: Mapping[str, Tensor],
-    file: Path,
-    model: ModelFiles,
-    scale: float,
-    dtype: torch.dtype,
-    title: str,
-    more: Mapping[str, str] | None = None,
-) -> None:
-    """A LoRA under kohya's names, which every host loads. scale: alpha/rank."""
-    ranks = {key: w.shape[0] for key, w in lora.items() if key.endswith("lora_A.weight")}
-    kohya = lora_to_kohya({key: weight.to(dtype).contiguous() for key, weight in lora.items()})
-    for key, weight in kohya.items():
-        if key.endswith(".alpha"):
-            kohya[key] = weight * scale
-    rank = max(ranks.values(), default=0)
-    metadata = model_spec(model, title, "/lora") | dict(more or {})
-    metadata |= {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank * scale),
-        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[model.family],
-        "ss_v2": str(model.family == "sd2"),
-    }
-    save_file(kohya, file, metadata)
 
 
 def export(options: argparse.Namespace) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:
@@ -32,3 +34,13 @@ def save_sheet(path: Path, columns: Sequence[tuple[str, Sequence[Image.Image]]],
         draw.text((6, head + row * (height + foot + 4) + height + foot / 2), caption, "black", font, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] to float [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] in [-1, 1] to uint8, on the CPU: scores see what a file holds."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from training.data import DataOptions, at_resolution, default_spec, source_of
 from training.data.base import FEW, cache_settings, check_skipped, encoder_of, sift
-from training.data.latents import DTYPES, META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
+from training.data.latents import META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
 from training.data.samples import SHARDS, read_meta, shards_of
 from training.data.sources import Listing, Record, Skip
-from training.models.pipeline import Pipeline, load_pipeline
+from training.models.load import load_pipeline
+from training.models.pipeline import DTYPES, Pipeline
 from training.models.teachers import resolve
 
 

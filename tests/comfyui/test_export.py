@@ -13,9 +13,9 @@ from transformers import CLIPTokenizer
 from benchmarks.comfy_server import to_api
 from benchmarks.graphs import save_latent, text_to_image
 from benchmarks.reference import Reference, node_noises, relative_error
-from training.run.config import parse
 from training.distill import distill
 from training.export import export, parser
+from training.run.config import parse
 
 pytestmark = pytest.mark.comfyui
 PROMPT, SEED = "a large red star above a small blue ring", 1234

@@ -19,9 +19,9 @@ from benchmarks.comfy_server import ComfyServer
 from benchmarks.graphs import save_latent, text_to_image
 from benchmarks.reference import few_step, node_noises, relative_error
 from training.models.architectures import ARCHITECTURES
-from training.run.config import parse
 from training.models.files import ModelFiles, write_folder, write_single_file
-from training.models.pipeline import load_pipeline
+from training.models.load import load_pipeline
+from training.run.config import parse
 from training.run.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]

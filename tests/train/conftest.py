@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.embedded.teacher import build_scheduler
-from training.models.pipeline import EMBEDDED
+from training.models.teachers import EMBEDDED
 
 
 def text_config(**options):
@@ -115,8 +115,8 @@ def tiny_v(tmp_path_factory, tiny_pipeline):
 @pytest.fixture(scope="session")
 def small():
     """Distil a teacher for a few steps, in this process: small(teacher, output_dir, steps, *more arguments)."""
-    from training.run.config import parse
     from training.distill import distill
+    from training.run.config import parse
 
     def run(teacher, output_dir, steps, *more):
         distill(parse([str(one) for one in (*small_arguments(teacher, output_dir, steps), *more)]))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from splam_core import NoiseSchedule
+from training.models.load import load_pipeline
 from training.models.sampling import generate
-from training.models.pipeline import load_pipeline
 from training.scoring.curves import (
     TIMESTEPS,
     delta,

@@ -24,7 +24,7 @@ from training.data.prompts import compose
 from training.data.random_numbers import decisions
 from training.data.samples import PROMPTS
 from training.data.sources import Record, Skip, open_source
-from training.models.pipeline import load_pipeline
+from training.models.load import load_pipeline
 
 pytestmark = pytest.mark.train
 CAPTIONS = [f"a picture of number {number}" for number in range(12)]

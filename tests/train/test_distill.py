@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
-from training.run.config import complete, parse
 from training.data import draws
+from training.models.load import load_pipeline
 from training.models.sampling import generate
-from training.run.networks import LoraNetworks, export_unet, make_student
-from training.models.pipeline import load_pipeline
+from training.run.config import complete, parse
 from training.run.loop import Distillation, draw_timesteps
+from training.run.networks import LoraNetworks, export_unet, make_student
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training import trainer
+from training.run import loop
 from training.run.config import parse
 from training.run.sharding import sharding_mesh, uses_zero
 
@@ -100,7 +100,7 @@ def test_two_processes_of_n_have_the_gradient_of_one_of_2n(
     script.write_text(DESCENT)
     options = (*mode, "--learning-rate", "1", "--lr-scheduler", "constant", "--max-grad-norm", "1e9")
     launch(command_line(tiny_pipeline, two, 1, more=(*options, "--train-batch-size", "2")), 2, script, config)
-    monkeypatch.setattr(trainer, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
+    monkeypatch.setattr(loop, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
     small(tiny_pipeline, one, 1, *options, "--train-batch-size", 4)
     results = {}
     for name, out in (("two", two), ("one", one)):

@@ -14,15 +14,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from splam_core import guidance_embedding, lora_to_kohya, renoise_generator
-from training.embedded.loop import to_tensor
-from training.scenes.shapes import scene
-from training.evaluate import Request, evaluate, main
+from training.evaluate import evaluate, main
+from training.models.load import load_pipeline
 from training.models.sampling import generate
-from training.models.pipeline import load_pipeline
+from training.pictures import to_tensor
+from training.scenes.shapes import scene
 from training.scoring import report
 from training.scoring.drawing import draw, load_model
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
 from training.scoring.pictures import read_picture
+from training.scoring.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from splam_core.checkpoint import read_metadata
-from training.export import export, extract_lora, parser
-from training.models.sampling import generate
+from training.export import export, parser
 from training.models.files import read_model, write_single_file
-from training.models.pipeline import load_pipeline
+from training.models.load import load_pipeline
+from training.models.lora import extract_lora
+from training.models.sampling import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -31,8 +31,8 @@ STEPS = 50
 def losses(flags: list[str], folder: Path) -> list[float]:
     import torch
 
-    from training.run.config import parse
     from training.distill import distill
+    from training.run.config import parse
 
     torch.set_num_threads(1)
     distill(

@@ -6,11 +6,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from splam_core.checkpoint import read_metadata
-from training.run.config import parse
+from training.models.load import load_pipeline
 from training.models.sampling import generate
-from training.run.networks import LoraNetworks, update_averages
-from training.models.pipeline import load_pipeline
+from training.run.config import parse
 from training.run.loop import Distillation
+from training.run.networks import LoraNetworks, update_averages
 
 pytestmark = pytest.mark.train
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.evaluate import Request, evaluate, main
+from training.evaluate import evaluate, main
 from training.scoring.metrics import frechet_distance, frechet_distance_clipped, frechet_of_gaussians, nearest_distances
 from training.scoring.perceptual import (
     ReferenceSet,
@@ -23,6 +23,7 @@ from training.scoring.perceptual import (
     square,
 )
 from training.scoring.protocols import protocol_captions, read_captions
+from training.scoring.request import Request
 
 pytestmark = pytest.mark.train
 

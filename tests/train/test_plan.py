@@ -92,7 +92,7 @@ def test_the_presets_are_listed(capsys):
 
 
 def test_measuring_a_few_steps(small, tiny_pipeline, capsys):
-    from training.run.plan import print_plan
+    from training.distill import print_plan
 
     print_plan(parse([
         "--teacher", str(tiny_pipeline), "--plan", "--measure", "--data", "embedded", "--num-scenes", "8",

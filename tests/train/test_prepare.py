@@ -18,7 +18,7 @@ from safetensors.torch import load
 
 from training.data import DataOptions, at_resolution, open_data
 from training.data.latents import Encoder
-from training.models.pipeline import load_pipeline
+from training.models.load import load_pipeline
 from training.prepare import Preparation, parse, share
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from benchmarks import reproduction, reproduction_report
 from benchmarks.reproduction import EQUAL, GROUPS, STUDENTS, Group, RandomJump, Remembering, run_group
 from benchmarks.reproduction_report import Results, at_iteration, error, fill, quality, reach
 from splam_core import Denoiser, NoiseSchedule, Objective, l2, multiple_estimation
+from training.models.load import load_pipeline
 from training.run.config import complete
-from training.models.pipeline import load_pipeline
 from training.run.loop import Distillation
 
 pytestmark = pytest.mark.train

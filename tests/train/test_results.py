@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluate import Request, evaluate
+from training.evaluate import evaluate
+from training.scoring.request import Request
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "embedded.json"
 pytestmark = pytest.mark.train

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import checkpoints
-from training.run.checkpoints import CheckpointError, latest_checkpoint
+from training.run.checkpoints import CheckpointError, checkpoints, latest_checkpoint
 from training.run.loop import EXPLOSION, WINDOW, Distillation
 
 ROOT = Path(__file__).resolve().parents[2]

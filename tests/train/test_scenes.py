@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.embedded.text import SIDES, layout
+from training.models.teachers import ASSETS
+from training.pictures import to_tensor
 from training.scenes.judge import load_judge, shows
-from training.embedded.loop import to_tensor
 from training.scenes.shapes import (
     COLOURS,
     DIRECTIONS,
@@ -20,8 +22,6 @@ from training.scenes.shapes import (
     scene,
     signed_distance,
 )
-from training.embedded.text import SIDES, layout
-from training.models.pipeline import ASSETS
 
 pytestmark = pytest.mark.train
 

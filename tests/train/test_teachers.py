@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from training.models.pipeline import EMBEDDED
-from training.models.teachers import TEACHERS, command, lacking, list_teachers, resolve, weights_of
+from training.models.hub import command, lacking, weights_of
+from training.models.teachers import EMBEDDED, TEACHERS, list_teachers, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.pipeline import Pipeline
+from ..models.teachers import EMBEDDED
 from ..scenes.shapes import IMAGE_SIZE, draw_caption, scene
-from ..models.pipeline import EMBEDDED, Pipeline
 from .base import TrainingData
 from .latents import META
 from .options import DataOptions, at_resolution

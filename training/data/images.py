@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from ..pictures import to_tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_ASPECT = 2.0
@@ -92,8 +93,3 @@ def crop(image: Image.Image, size: tuple[int, int], how: str, name: str) -> Tens
         across, down = (int.from_bytes(part, "big") / 2**64 for part in (digest[:8], digest[8:16]))
     left, top = round((image.width - width) * across), round((image.height - height) * down)
     return to_tensor(np.asarray(image.crop((left, top, left + width, top + height))))
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] to float [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1

@@ -20,15 +20,14 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..models.pipeline import DTYPES, Pipeline
 from ..models.sampling import guided_output
-from ..models.pipeline import Pipeline
 from .images import crop, load_picture
 from .sources import Record, Skip
 
 GROUP = 8  # pictures encoded at once, always the same ones together, so that a sample never depends on who made it
 META = "meta.json"
 NO_PROMPT = "no-prompt.safetensors"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Sample = dict[str, Tensor]  # "latents" [V, C, h, w] (V = 2: the second mirrored), and what Pipeline.encode gives of one
 Size = tuple[int, int]  # height, width in px
 

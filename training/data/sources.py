@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..models.teachers import HUB_ID
+from ..models.hub import HUB_ID
 from .images import EXTENSIONS, Picture
 from .tars import BROKEN, bare, expand, is_url, members, sections
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ..export import drop_paths
-from ..models.pipeline import ASSETS, EMBEDDED
+from ..models.files import drop_paths
+from ..models.teachers import ASSETS, EMBEDDED
 
 
 def main() -> None:

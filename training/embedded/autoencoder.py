@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from .loop import batches, to_tensor, train
+from ..pictures import to_tensor
 from ..scenes.shapes import IMAGE_SIZE, scene
+from .loop import batches, train
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's, so that every host's latent format fits
 CROP = 64

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.images import to_tensor
+from ..pictures import to_tensor
 from ..scenes.shapes import scene
 
 

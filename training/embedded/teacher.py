@@ -21,12 +21,13 @@ from transformers import CLIPTokenizer
 
 from splam_core import NoiseSchedule
 
+from ..models.pipeline import Pipeline
 from ..models.sampling import generate
-from ..models.pipeline import EMBEDDED, Pipeline
+from ..models.teachers import EMBEDDED
 from ..pictures import save_sheet, to_images
+from ..scenes.shapes import IMAGE_SIZE, parse_caption, scene
 from .autoencoder import SCALING_FACTOR
 from .loop import save_atomic, scene_pictures, train
-from ..scenes.shapes import IMAGE_SIZE, parse_caption, scene
 from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
 CHUNK = 32  # scenes encoded at once

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .loop import train
 from ..scenes.shapes import COLOURS, DIRECTIONS, SHAPES, SIZES, Caption, draw_caption
+from .loop import train
 
 WIDTH = 64
 END = 49407  # CLIP's end token, which pads as well

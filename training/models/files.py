@@ -5,6 +5,7 @@ No network is built, so that what is only renamed stays the same to the bit.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,14 +13,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
 
 from splam_core import fold_gamma, ldm_to_diffusers, load_file, read_metadata, save_file
-from splam_core.text_encoders import PLACES, text_encoder_from_ldm
+from splam_core.checkpoint import diffusers_to_ldm
+from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
 
 from .architectures import ARCHITECTURES
-from .pipeline import EMBEDDED, WEIGHTS
-from .single_file import PARTS, StateDict, family_of, prediction_of, to_single_file
+from .pipeline import Pipeline
+from .teachers import EMBEDDED
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+StateDict = dict[str, Tensor]
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 TEXT_WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
 _CLASSES = {
@@ -241,3 +254,75 @@ def _json(file: Path) -> dict:
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def family_of(state_dict: Mapping[str, Tensor]) -> str:
+    """ "sd1", "sd2" or "sdxl", by where the text encoders lie or, without any, by the UNet's context width."""
+    for family in ("sdxl", "sd2", "sd1"):
+        if any(key.startswith(PLACES[family][0][0]) for key in state_dict):
+            return family
+    if any(".label_emb." in key for key in state_dict):
+        return "sdxl"
+    widths = {weight.shape[1] for key, weight in state_dict.items() if key.endswith("attn2.to_k.weight")}
+    return "sd2" if 1024 in widths else "sd1"
+
+
+def to_single_file(
+    unet: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor] | None,
+    texts: list[Mapping[str, Tensor]],
+    family: str,
+) -> StateDict:
+    """LDM state dict of diffusers parts; vae None and texts [] leave them out."""
+    return diffusers_to_ldm(unet, vae) | (text_encoders_to_ldm(texts, family) if texts else {})
+
+
+def prediction_of(
+    asked: str | None, metadata: Mapping[str, str], weights: Mapping[str, Tensor], family: str, unet: StateDict
+) -> str:
+    """What the network predicts. SD2.1's two files differ in nothing but their training: one predicts v at 768 px.
+
+    Known by diffusers and the hosts from the last layer norm's bias of the last block's self-attention.
+    """
+    said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if asked or said:
+        return {"v": "v_prediction", "epsilon": "epsilon"}.get(asked or said, asked or said)
+    if "v_pred" in weights:
+        return "v_prediction"
+    probe = weights.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    # The v model's values spread wide (ComfyUI draws the same line, at 0.09).
+    return "v_prediction" if family == "sd2" and probe is not None and probe.float().std() > 0.09 else "epsilon"
+
+
+def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
+    """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = {
+        "vae": copy.deepcopy(pipeline.vae),
+        "text_encoder": copy.deepcopy(pipeline.text_encoder),
+        "tokenizer": pipeline.tokenizer,
+        "unet": copy.deepcopy(unet),
+        # The schedule is the teacher's; the stock pipelines then sample the student as they should.
+        "scheduler": LCMScheduler.from_config(pipeline.scheduler_config),
+    }
+    if pipeline.text_encoder_2 is not None:
+        second = {"text_encoder_2": copy.deepcopy(pipeline.text_encoder_2), "tokenizer_2": pipeline.tokenizer_2}
+        whole = StableDiffusionXLPipeline(
+            **parts, **second, force_zeros_for_empty_prompt=pipeline.zeros_for_empty, add_watermarker=False
+        )
+    else:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        whole = StableDiffusionPipeline(**parts, **nothing)
+    whole.to(dtype=dtype).save_pretrained(partial)
+    drop_paths(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def drop_paths(folder: Path) -> None:
+    """Take out of the configurations where on this machine their models were loaded from."""
+    for file in folder.rglob("config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from splam_core import load_file, lora_to_kohya
 from splam_core.keys import unet_pairs
+
+from .files import ModelFiles, model_spec
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
@@ -78,3 +81,75 @@ def _modules_by_kohya_name(unet: Mapping[str, Tensor]) -> dict[str, str]:
             if module == diffusers or module.startswith(f"{diffusers}."):
                 names.setdefault((ldm + module.removeprefix(diffusers)).replace(".", "_"), module)
     return names
+
+
+def merged(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A UNet's fp32 state dict plus scale * up @ down of every module of a LoRA under peft's names."""
+    result = dict(base)
+    for key, down in lora.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        up = lora[f"{module}.lora_B.weight"]
+        weight = result[f"{module}.weight"]
+        delta = (up.flatten(1).double() @ down.flatten(1).double()).reshape(weight.shape)
+        result[f"{module}.weight"] = (weight.double() + scale * delta).float()
+    return result
+
+
+def extract_lora(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The LoRA (peft's names, alpha = rank) nearest to tuned - base: a truncated SVD of every matrix and kernel.
+
+    Biases and norms, which have no low rank, go in whole as .diff_b and .diff. At full rank it is exact.
+    Raises ValueError for UNets of different shapes.
+    """
+    if tuned.keys() != base.keys():
+        different = sorted(tuned.keys() ^ base.keys())
+        raise ValueError(f"--base is another architecture: {len(different)} keys differ, the first {different[0]}")
+    lora: dict[str, Tensor] = {}
+    for key, weight in tuned.items():
+        if weight.shape != base[key].shape:
+            raise ValueError(f"--base is another architecture: {key} is {tuple(base[key].shape)} there")
+        difference = weight.float() - base[key].float()
+        if not difference.any():
+            continue
+        module, _, kind = key.rpartition(".")
+        if kind == "bias":
+            lora[f"{module}.diff_b"] = difference
+        elif difference.ndim < 2:
+            lora[f"{module}.diff"] = difference
+        else:
+            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+            kept = min(rank, len(s))
+            root = s[:kept].sqrt()
+            down = (root[:, None] * v[:kept]).reshape(kept, *difference.shape[1:])
+            up = (u[:, :kept] * root).reshape(len(u), kept, *[1] * (difference.ndim - 2))
+            lora |= {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
+    return lora
+
+
+def save_lora(
+    lora: Mapping[str, Tensor],
+    file: Path,
+    model: ModelFiles,
+    scale: float,
+    dtype: torch.dtype,
+    title: str,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """A LoRA under kohya's names, which every host loads. scale: alpha/rank."""
+    ranks = {key: w.shape[0] for key, w in lora.items() if key.endswith("lora_A.weight")}
+    kohya = lora_to_kohya({key: weight.to(dtype).contiguous() for key, weight in lora.items()})
+    for key, weight in kohya.items():
+        if key.endswith(".alpha"):
+            kohya[key] = weight * scale
+    rank = max(ranks.values(), default=0)
+    metadata = model_spec(model, title, "/lora") | dict(more or {})
+    metadata |= {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank * scale),
+        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[model.family],
+        "ss_v2": str(model.family == "sd2"),
+    }
+    save_file(kohya, file, metadata)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,12 +12,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from splam_core import NoiseSchedule
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
-EMBEDDED = ASSETS / "embedded"
-NAMED = {"embedded": EMBEDDED, "embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
-
 Conditioning = dict[str, Tensor]
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def unet_arguments(conditioning: Conditioning, dtype: torch.dtype | None = None) -> dict:
@@ -144,82 +138,3 @@ def weights_hash(*modules: torch.nn.Module | None) -> str:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def load_pipeline(
-    model: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    download: bool = False,
-    unet_dtype: torch.dtype | None = None,
-) -> Pipeline:
-    """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
-
-    What a UNet folder lacks is taken from the embedded pipeline. Nothing is downloaded unless asked; safetensors only.
-    Raises FileNotFoundError if there is no such model, ValueError for one of another kind.
-    """
-    from .teachers import resolve  # which needs the names above
-
-    place = resolve(str(model), revision, download)
-    if place.is_file():
-        from .single_file import load_single_file
-
-        pipeline = load_single_file(place, dtype)
-    else:
-        pipeline = _load_folder(place, dtype)
-    pipeline.source = str(model)
-    if unet_dtype is not None:  # before it goes to the device
-        pipeline.unet.to(unet_dtype)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        part = getattr(pipeline, name)
-        if part is not None:
-            setattr(pipeline, name, part.to(device).eval().requires_grad_(False))
-    pipeline.schedule = pipeline.schedule.to(device)
-    return pipeline
-
-
-def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
-    if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
-        folder = folder / "pipeline"
-    unet = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "unet"
-    if not (unet / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
-            f"which training/distill.py finished, or a UNet folder (with config.json and {WEIGHTS[0]})"
-        )
-    rest = folder if (folder / "vae").is_dir() else EMBEDDED
-    index = _json(rest / "model_index.json")
-    scheduler = _json(rest / "scheduler" / "scheduler_config.json")
-    two = (rest / "text_encoder_2").is_dir()
-    return Pipeline(
-        _load(UNet2DConditionModel, unet, dtype),
-        _load(AutoencoderKL, rest / "vae", dtype),
-        _load(CLIPTextModel, rest / "text_encoder", dtype),
-        CLIPTokenizer.from_pretrained(rest / "tokenizer"),
-        NoiseSchedule.from_config(scheduler),
-        scheduler,
-        _load(CLIPTextModelWithProjection, rest / "text_encoder_2", dtype) if two else None,
-        CLIPTokenizer.from_pretrained(rest / "tokenizer_2") if two else None,
-        bool(two and index.get("force_zeros_for_empty_prompt", True)),
-    )
-
-
-def _load(kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """One part; of a folder that holds fp16 weights alone, those."""
-    plain, half = (
-        ("model.safetensors", "model.fp16.safetensors") if kind.__module__.startswith("transformers") else WEIGHTS
-    )
-    shards = [f"{plain}.index.json", plain]
-    variant = "fp16" if (folder / half).is_file() and not any((folder / name).is_file() for name in shards) else None
-    if variant is None and not any((folder / name).is_file() for name in shards):
-        raise FileNotFoundError(
-            f"{folder} holds no safetensors weights: expected {plain} or {half}, found "
-            f"{sorted(file.name for file in folder.glob('*')) or 'nothing'}. Pickles (.bin) are not read: fetch the "
-            f"model's safetensors files."
-        )
-    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
-
-
-def _json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

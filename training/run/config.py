@@ -12,8 +12,8 @@ import torch
 from splam_core import SOLVERS
 
 from ..data import DataOptions
-from .optimizers import OPTIMIZERS
 from ..models.teachers import TEACHERS, list_teachers
+from .optimizers import OPTIMIZERS
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",

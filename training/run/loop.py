@@ -31,6 +31,9 @@ from splam_core import (
     subpath_for,
 )
 
+from ..data import draws, open_data
+from ..models.pipeline import Conditioning, Pipeline, unet_arguments
+from ..models.sampling import guided_output
 from .checkpoints import (
     WRITE_ERRORS,
     explain_write_error,
@@ -43,8 +46,6 @@ from .checkpoints import (
     write_weights,
 )
 from .config import Config
-from ..data import draws, open_data
-from ..models.sampling import guided_output
 from .networks import (
     GAMMA_DIM,
     FullNetworks,
@@ -54,7 +55,6 @@ from .networks import (
     update_averages,
 )
 from .optimizers import build_optimizer
-from ..models.pipeline import Conditioning, Pipeline, unet_arguments
 from .sharding import (
     gathered_moments,
     gathered_optimizer,

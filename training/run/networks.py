@@ -14,8 +14,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..models.load import load_pipeline
+from ..models.lora import merged
+from ..models.pipeline import DTYPES, Pipeline
 from .config import LORA_TARGETS, Config
-from ..models.pipeline import Pipeline
 from .sharding import gathered, own_shards, shard, shards_of
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 GAMMA_DIM = 256
 ROLES = ("teacher", "student", "target", "release")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RELEASE_EVERY = 10  # steps between two updates of the release average, which waits in main memory
 _COND_PROJ = "time_embedding.cond_proj.weight"
 
@@ -222,20 +223,6 @@ class LoraNetworks:
 Networks = FullNetworks | LoraNetworks
 
 
-def merged(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A UNet's fp32 state dict plus scale * up @ down of every module of a LoRA under peft's names."""
-    result = dict(base)
-    for key, down in lora.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        up = lora[f"{module}.lora_B.weight"]
-        weight = result[f"{module}.weight"]
-        delta = (up.flatten(1).double() @ down.flatten(1).double()).reshape(weight.shape)
-        result[f"{module}.weight"] = (weight.double() + scale * delta).float()
-    return result
-
-
 def update_averages(networks: Networks, step: int, decay: float, release_decay: float) -> None:
     """The target after every step; the release average, which starts by forgetting fast, after every tenth."""
     student, target = networks.weights("student"), networks.weights("target")
@@ -292,3 +279,11 @@ def _exchange(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         kept = weight.to(other[key].device, copy=True)
         weight.copy_(other[key])
         other[key].copy_(kept)
+
+
+def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
+    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
+    dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
+    return load_pipeline(
+        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
+    )

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,10 +23,12 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..models.architectures import ARCHITECTURES, Architecture
-from .config import LORA_TARGETS, Config
-from .networks import DTYPES, GAMMA_DIM, base_dtype, gamma_conditioning
-from .optimizers import state_bytes
+from ..models.files import family_of_file
+from ..models.pipeline import DTYPES
 from ..models.teachers import TEACHERS, resolve
+from .config import LORA_TARGETS, Config
+from .networks import GAMMA_DIM, base_dtype, gamma_conditioning
+from .optimizers import state_bytes
 
 GB = 1e9
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
@@ -121,8 +121,6 @@ def shapes(config: Config) -> tuple[Architecture, int]:
             text_encoder_2=_json(second) if second.is_file() else None,
         )
     else:
-        from ..models.files import family_of_file
-
         architecture = ARCHITECTURES[preset.family if preset else family_of_file(folder)]
     native = architecture.unet["sample_size"] * 2 ** (len(architecture.vae["block_out_channels"]) - 1)
     return architecture, config.data_options.resolution or (preset.resolution if preset else native)
@@ -264,44 +262,6 @@ def describe(config: Config, found: Plan) -> str:
     if not config.lora and largest_batch(found, 24 * GB) == 0:
         lines.append("--lora needs far less memory.")
     return "\n".join(lines)
-
-
-def print_plan(config: Config) -> None:
-    """Print the plan and, with --measure, what a few steps really take on this machine."""
-    found = plan(config)
-    print(describe(config, found))
-    if config.measure:
-        print(measure(config))
-
-
-def measure(config: Config, steps: int = 3) -> str:
-    """Time a few steps after a first one; nothing is kept."""
-    from accelerate import Accelerator
-
-    from ..distill import load_teacher, peak_memory
-    from .loop import Distillation
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, output_dir=Path(folder), checkpointing_steps=10**9, resume_from_checkpoint=None)
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        run = Distillation(config, load_teacher(config, accelerator.device), accelerator)
-        seconds = []
-        for progress in itertools.islice(run.train(), min(1 + steps, config.max_train_steps - 1)):
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(progress.seconds)
-        since = time.perf_counter()
-        run.save()
-        saving = time.perf_counter() - since
-    timed = sorted(seconds[1:] or seconds)
-    each = timed[len(timed) // 2]
-    peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak_memory()
-    return (
-        f"\nmeasured on {accelerator.device}: {each:.2f} s a step (median of {len(timed)}), "
-        f"{config.train_batch_size * config.gradient_accumulation_steps / each:.2f} images/s, "
-        f"{each * config.max_train_steps / 3600:.1f} hours in all, a checkpoint takes {saving:.1f} s; "
-        f"peak memory {peak / GB:.2f} GB"
-    )
 
 
 def _count(module: nn.Module) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .config import Config
-from ..scenes.shapes import scene
-from ..models.sampling import generate
-from .networks import Networks
 from ..models.pipeline import Pipeline
+from ..models.sampling import generate
 from ..pictures import save_sheet, to_images
+from ..scenes.shapes import scene
+from .config import Config
+from .networks import Networks
 from .validation import Score
 
 PROMPTS = 8
@@ -33,7 +31,6 @@ SAMPLE_PROMPTS = (
     "a glass of water on a wooden table, sunlight through it",
     "a robot tending tomatoes in a greenhouse, watercolour",
 )
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "splam_txt2img.json"
 
 
 def sample_prompts(config: Config) -> list[str]:
@@ -162,90 +159,14 @@ def save_curves(output_dir: Path, file: Path) -> None:
     pyplot.close(figure)
 
 
-def save_card(
-    config: Config, folder: Path, result: Mapping[str, Any], data: str, sheet: Path | None, files: list[str]
-) -> None:
-    """README.md with the command, the data, the curves and the sheet."""
-    shown = [f"| {key} | {value} |" for key, value in result.items() if value is not None]
-    command = "python training/distill.py " + shlex.join(_without_paths(sys.argv[1:]))
-    base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).exists() else config.teacher
-    text = f"""# {config.name}
-
-A few-step model distilled from `{base}` with {config.method.upper()} ({"LoRA" if config.lora else "full weights"}).
-Sample it with 2 to 4 steps of `LCMScheduler` (diffusers) or SPLAM Sampler (ComfyUI), guidance scale 1, no negative
-prompt.
-
-{chr(10).join(f"- `{name}`" for name in files)}
-
-## How it was made
-
-```sh
-{command}
-```
-
-Data: {data}
-
-| | |
-| --- | --- |
-{chr(10).join(shown)}
-
-Validation loss is the RMS distance, in latents of unit scale, between the student's prediction and the end of the
-teacher's own guided path from the same noise, at the timesteps of four-step sampling, on samples that were not trained
-on. All settings are in `config.json`.
-
-![curves](curves.png)
-"""
-    if sheet is not None:
-        text += f"\n![the teacher's pictures with 50 steps and the student's with 1, 2, 4 and 8]({sheet.name})\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def save_workflow(config: Config, pipeline: Pipeline, folder: Path, model_name: str, lora_name: str | None) -> Path:
-    """The pack's text-to-image workflow with this model, its picture size and a prompt set."""
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    side = pipeline.latent_shape[1] * pipeline.vae_scale
-    by_type = {node["type"]: node for node in graph["nodes"]}
-    by_type["SPLAMLoader"]["widgets_values"][0] = model_name
-    by_type["CLIPTextEncode"]["widgets_values"] = [sample_prompts(config)[0]]
-    by_type["EmptyLatentImage"]["widgets_values"][:2] = [side, side]
-    for note in (node for node in graph["nodes"] if node["type"] in ("MarkdownNote", "Note")):
-        where = "`models/loras/`" if lora_name else "`models/checkpoints/`"
-        note["widgets_values"] = [f"## {config.name}\n\nPut `{lora_name or model_name}` into {where}, refresh, run."]
-    if lora_name:
-        _insert_lora(graph, by_type["SPLAMLoader"], lora_name)
-    file = folder / f"{config.name}.workflow.json"
-    file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
-    return file
-
-
-def _insert_lora(graph: dict, loader: dict, lora_name: str) -> None:
-    """A LoraLoaderModelOnly on the MODEL link of the loader."""
-    link = next(one for one in graph["links"] if one[1] == loader["id"] and one[5] == "MODEL")
-    node_id, link_id = graph["last_node_id"] + 1, graph["last_link_id"] + 1
-    node = {
-        "id": node_id,
-        "type": "LoraLoaderModelOnly",
-        "pos": [loader["pos"][0], loader["pos"][1] + 160],
-        "size": [320, 82],
-        "flags": {},
-        "order": 1,
-        "mode": 0,
-        "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
-        "outputs": [{"name": "MODEL", "type": "MODEL", "slot_index": 0, "links": [link[0]]}],
-        "properties": {"Node name for S&R": "LoraLoaderModelOnly"},
-        "widgets_values": [lora_name, 1],
-    }
-    loader["outputs"][0]["links"] = [link_id]
-    graph["links"].append([link_id, loader["id"], link[2], node_id, 0, "MODEL"])
-    link[1], link[2] = node_id, 0
-    graph["nodes"].append(node)
-    graph["last_node_id"], graph["last_link_id"] = node_id, link_id
-
-
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Absolute paths as their last part: a card is published, and where a file lay is nobody's business."""
-    return [Path(one).name if Path(one).is_absolute() else one for one in arguments]
-
-
 def _not_installed(package: str, error: Exception) -> str:
     return f"--report-to {package} needs the package {package} ({error}): pip install {package}, or --report-to none"
+
+
+def peak_memory() -> float:
+    """This process's peak memory in bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

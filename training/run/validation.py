@@ -11,9 +11,9 @@ from torch import Tensor
 from splam_core import add_noise, few_step_timesteps
 
 from ..data import draws
-from .networks import Networks
 from ..models.pipeline import Conditioning, Pipeline
 from ..scoring.curves import SOLVER_SKIP, mean_squares, student_function, teacher_function, teacher_path
+from .networks import Networks
 
 STEPS = 4  # the timesteps judged are those of four-step sampling
 SEED_OFFSET = 0x7A11D  # of the noise, so that it is not that of any training sample

@@ -20,8 +20,8 @@ from splam_core import (
     predict_epsilon,
 )
 
-from ..models.sampling import guided_output
 from ..models.pipeline import Conditioning, Pipeline
+from ..models.sampling import guided_output
 
 Function = Callable[[Tensor, Tensor], Tensor]
 Endpoints = dict[int, tuple[Tensor, Tensor]]  # t -> (x_t, where the teacher's path from there ends)

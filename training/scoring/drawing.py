@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,21 +16,19 @@ from tqdm import tqdm
 
 from splam_core import fold_gamma
 
-from ..scenes.shapes import Caption
-from ..models.sampling import generate, unet_evaluations
+from ..models.load import load_pipeline
 from ..models.lora import merge_lora
-from ..models.pipeline import EMBEDDED, Pipeline, load_pipeline, weights_hash
-from ..models.teachers import resolve
+from ..models.pipeline import DTYPES, Pipeline, weights_hash
+from ..models.sampling import generate, unet_evaluations
+from ..models.teachers import EMBEDDED, resolve
+from ..pictures import to_uint8
+from ..scenes.shapes import Caption
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
 from .embedded_scores import drawn_captions, rendered
 from .pictures import PictureFolder, Source, batches_of
-from .protocols import PROTOCOLS, protocol_captions
+from .protocols import protocol_captions
+from .request import SCENE_SOURCES, Request, device_of, share_of, size_of
 
-if TYPE_CHECKING:
-    from ..evaluate import Request
-
-SCENE_SOURCES = ("renders", "reconstructions")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TIMINGS = "timings.jsonl"
 SEED_STRIDE = 1_000_003  # seeds of two runs do not meet before as many pictures
 CURVE_SEED = 0xC04E  # of the curves' captions and noise: apart from those of the pictures
@@ -116,20 +112,6 @@ class _Timed:
         return self.seconds[1:] or self.seconds
 
 
-def share_of(request: Request) -> tuple[int, int]:
-    """(index, number) of this process's share."""
-    return request.shard or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-def device_of(request: Request) -> str:
-    """With several processes on a machine of several GPUs, each has its own."""
-    return (
-        f"cuda:{os.environ['LOCAL_RANK']}"
-        if request.device == "cuda" and "LOCAL_RANK" in os.environ
-        else request.device
-    )
-
-
 def load_model(request: Request) -> Pipeline:
     """The pipeline of a request, with its LoRA merged and a cond_proj folded at gamma = 1."""
     model = EMBEDDED if request.model in SCENE_SOURCES else request.model
@@ -172,17 +154,6 @@ def source_of(request: Request, pipeline: Pipeline | None, captions: Sequence) -
         return to_uint8(pipeline.decode(generate(pipeline, prompts, seeds, *settings)))
 
     return {"renders": renders, "reconstructions": reconstructions}.get(request.model, model)
-
-
-def size_of(request: Request) -> tuple[int, int] | None:
-    """Height and width in px; None is the model's own."""
-    side = request.image_size or PROTOCOLS[request.protocol].image_size
-    return (side, side) if side else None
-
-
-def to_uint8(pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] to uint8, on the CPU: scores see what a file holds."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 def settings(request: Request, pipeline: Pipeline | None) -> dict:

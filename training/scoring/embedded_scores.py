@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.images import to_tensor
+from ..models.teachers import ASSETS
+from ..pictures import to_tensor
 from ..scenes.judge import Judge, load_judge
 from ..scenes.shapes import Caption, draw_caption, parse_caption, place, render, scene
-from ..models.pipeline import ASSETS
 from .metrics import (
     frechet_distance,
     frechet_distance_clipped,

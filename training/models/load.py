@@ -1,8 +1,4 @@
-"""One .safetensors file of a whole model, as ComfyUI and Automatic1111 keep it: read into a Pipeline, and written.
-
-The weights' names are splam_core's business; here are the configurations, which our own files carry as JSON in their
-metadata and other people's files leave to be known from the family.
-"""
+"""A Pipeline from a diffusers folder or a single file."""
 
 from __future__ import annotations
 
@@ -12,28 +8,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from splam_core import NoiseSchedule, diffusers_to_ldm, fold_gamma, ldm_to_diffusers, load_file, read_metadata
-from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
+from splam_core import NoiseSchedule, fold_gamma, ldm_to_diffusers
+from splam_core.checkpoint import read_metadata
+from splam_core.text_encoders import PLACES, text_encoder_from_ldm
 
 from .architectures import ARCHITECTURES
-from .pipeline import EMBEDDED, Pipeline
-
-StateDict = dict[str, Tensor]
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
-
-
-def family_of(state_dict: Mapping[str, Tensor]) -> str:
-    """ "sd1", "sd2" or "sdxl", by where the text encoders lie or, without any, by the UNet's context width."""
-    for family in ("sdxl", "sd2", "sd1"):
-        if any(key.startswith(PLACES[family][0][0]) for key in state_dict):
-            return family
-    if any(".label_emb." in key for key in state_dict):
-        return "sdxl"
-    widths = {weight.shape[1] for key, weight in state_dict.items() if key.endswith("attn2.to_k.weight")}
-    return "sd2" if 1024 in widths else "sd1"
+from .files import PARTS, WEIGHTS, StateDict, family_of, prediction_of
+from .pipeline import Pipeline
+from .teachers import EMBEDDED, resolve
 
 
 def load_single_file(
@@ -90,16 +76,6 @@ def load_single_file(
     )
 
 
-def to_single_file(
-    unet: Mapping[str, Tensor],
-    vae: Mapping[str, Tensor] | None,
-    texts: list[Mapping[str, Tensor]],
-    family: str,
-) -> StateDict:
-    """LDM state dict of diffusers parts; vae None and texts [] leave them out."""
-    return diffusers_to_ldm(unet, vae) | (text_encoders_to_ldm(texts, family) if texts else {})
-
-
 def load_text_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights named without "text_model." into whatever transformers calls them; a layer too many is left out."""
     own = {key.removeprefix("text_model."): key for key in model.state_dict() if not key.endswith("position_ids")}
@@ -122,18 +98,73 @@ def _clip(known: dict | None, default: CLIPTextConfig) -> CLIPTextConfig:
     return CLIPTextConfig.from_dict(known) if known else default
 
 
-def prediction_of(
-    asked: str | None, metadata: Mapping[str, str], weights: Mapping[str, Tensor], family: str, unet: StateDict
-) -> str:
-    """What the network predicts. SD2.1's two files differ in nothing but their training: one predicts v at 768 px.
+def load_pipeline(
+    model: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    download: bool = False,
+    unet_dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
 
-    Known by diffusers and the hosts from the last layer norm's bias of the last block's self-attention.
+    What a UNet folder lacks is taken from the embedded pipeline. Nothing is downloaded unless asked; safetensors only.
+    Raises FileNotFoundError if there is no such model, ValueError for one of another kind.
     """
-    said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    if asked or said:
-        return {"v": "v_prediction", "epsilon": "epsilon"}.get(asked or said, asked or said)
-    if "v_pred" in weights:
-        return "v_prediction"
-    probe = weights.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
-    # The v model's values spread wide (ComfyUI draws the same line, at 0.09).
-    return "v_prediction" if family == "sd2" and probe is not None and probe.float().std() > 0.09 else "epsilon"
+    place = resolve(str(model), revision, download)
+    pipeline = load_single_file(place, dtype) if place.is_file() else _load_folder(place, dtype)
+    pipeline.source = str(model)
+    if unet_dtype is not None:  # before it goes to the device
+        pipeline.unet.to(unet_dtype)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        part = getattr(pipeline, name)
+        if part is not None:
+            setattr(pipeline, name, part.to(device).eval().requires_grad_(False))
+    pipeline.schedule = pipeline.schedule.to(device)
+    return pipeline
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
+    if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
+        folder = folder / "pipeline"
+    unet = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "unet"
+    if not (unet / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
+            f"which training/distill.py finished, or a UNet folder (with config.json and {WEIGHTS[0]})"
+        )
+    rest = folder if (folder / "vae").is_dir() else EMBEDDED
+    index = _json(rest / "model_index.json")
+    scheduler = _json(rest / "scheduler" / "scheduler_config.json")
+    two = (rest / "text_encoder_2").is_dir()
+    return Pipeline(
+        _load(UNet2DConditionModel, unet, dtype),
+        _load(AutoencoderKL, rest / "vae", dtype),
+        _load(CLIPTextModel, rest / "text_encoder", dtype),
+        CLIPTokenizer.from_pretrained(rest / "tokenizer"),
+        NoiseSchedule.from_config(scheduler),
+        scheduler,
+        _load(CLIPTextModelWithProjection, rest / "text_encoder_2", dtype) if two else None,
+        CLIPTokenizer.from_pretrained(rest / "tokenizer_2") if two else None,
+        bool(two and index.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _load(kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """One part; of a folder that holds fp16 weights alone, those."""
+    plain, half = (
+        ("model.safetensors", "model.fp16.safetensors") if kind.__module__.startswith("transformers") else WEIGHTS
+    )
+    shards = [f"{plain}.index.json", plain]
+    variant = "fp16" if (folder / half).is_file() and not any((folder / name).is_file() for name in shards) else None
+    if variant is None and not any((folder / name).is_file() for name in shards):
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors weights: expected {plain} or {half}, found "
+            f"{sorted(file.name for file in folder.glob('*')) or 'nothing'}. Pickles (.bin) are not read: fetch the "
+            f"model's safetensors files."
+        )
+    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
+
+
+def _json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,44 @@
+"""What a few steps really take on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .config import Config
+from .loop import Distillation
+from .networks import load_teacher
+from .plan import GB
+from .report import peak_memory
+
+
+def measure(config: Config, steps: int = 3) -> str:
+    """Time a few steps after a first one; nothing is kept."""
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output_dir=Path(folder), checkpointing_steps=10**9, resume_from_checkpoint=None)
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        run = Distillation(config, load_teacher(config, accelerator.device), accelerator)
+        seconds = []
+        for progress in itertools.islice(run.train(), min(1 + steps, config.max_train_steps - 1)):
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(progress.seconds)
+        since = time.perf_counter()
+        run.save()
+        saving = time.perf_counter() - since
+    timed = sorted(seconds[1:] or seconds)
+    each = timed[len(timed) // 2]
+    peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak_memory()
+    return (
+        f"\nmeasured on {accelerator.device}: {each:.2f} s a step (median of {len(timed)}), "
+        f"{config.train_batch_size * config.gradient_accumulation_steps / each:.2f} images/s, "
+        f"{each * config.max_train_steps / 3600:.1f} hours in all, a checkpoint takes {saving:.1f} s; "
+        f"peak memory {peak / GB:.2f} GB"
+    )

@@ -1,0 +1,157 @@
+"""The finished student on disk: pipeline folder, single file or LoRA, model card and workflow."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.files import read_model, save_diffusers, write_single_file
+from ..models.lora import merged, save_lora
+from ..models.pipeline import DTYPES, Pipeline, weights_hash
+from .config import Config
+from .loop import Distillation
+from .networks import load_teacher
+from .report import sample_prompts, save_curves
+
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "splam_txt2img.json"
+
+
+def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
+    """The student on disk in every form, with its card and workflow."""
+    config, out, dtype = run.config, run.config.output_dir, DTYPES[run.config.export_dtype]
+    lora = run.networks.lora(role) if config.lora else None
+    scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
+    state = None if lora else run.networks.export(role)
+    step, samples, best, described, skipped = run.step, run.samples, run.best, run.data.describe(), run.data.skipped
+    run.free()
+    # The teacher once more, whole and in fp32: in memory it may have been rounded.
+    teacher = load_teacher(config, "cpu")
+    digest = weights_hash(teacher.unet)
+    teacher.unet.load_state_dict(merged(teacher.unet.state_dict(), lora, scale) if lora else state)
+    torch.nn.Module.to(teacher.unet, dtype)
+    folder = out / "pipeline"
+    save_diffusers(teacher, teacher.unet, folder, dtype)
+    model = read_model(folder)
+    metadata = {
+        "splam.method": config.method,
+        "splam.skip": str(config.skip),
+        "splam.solver": config.solver,
+        "splam.solver_skip": str(config.solver_skip),
+        "splam.guidance_scale": str(config.guidance_scale),
+        "splam.teacher": Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
+        "splam.teacher_hash": digest,
+    }
+    if lora is None:
+        file = out / f"{config.name}.splam.safetensors"
+        write_single_file(model, file, config.name, metadata)
+        workflow = save_workflow(config, teacher, out, file.name, None)
+    else:
+        file = out / f"{config.name}.splam-lora.safetensors"
+        save_lora(lora, file, model, scale, dtype, config.name, metadata)
+        base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
+        workflow = save_workflow(config, teacher, out, base, file.name)
+    save_curves(out, out / "curves.png")
+    result = {
+        "steps": step,
+        "samples": samples,
+        "exported": role,
+        **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
+        "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
+        "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
+        "teacher (SHA-256 of its weights)": digest,
+        "samples skipped": len(skipped),
+    }
+    save_card(config, out, result, described, sheet, ["pipeline/", file.name, workflow.name])
+    print(f"exported: {role}\nstudent: {folder}\nsingle file: {file}\nworkflow: {workflow}")
+
+
+def save_card(
+    config: Config, folder: Path, result: Mapping[str, Any], data: str, sheet: Path | None, files: list[str]
+) -> None:
+    """README.md with the command, the data, the curves and the sheet."""
+    shown = [f"| {key} | {value} |" for key, value in result.items() if value is not None]
+    command = "python training/distill.py " + shlex.join(_without_paths(sys.argv[1:]))
+    base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).exists() else config.teacher
+    text = f"""# {config.name}
+
+A few-step model distilled from `{base}` with {config.method.upper()} ({"LoRA" if config.lora else "full weights"}).
+Sample it with 2 to 4 steps of `LCMScheduler` (diffusers) or SPLAM Sampler (ComfyUI), guidance scale 1, no negative
+prompt.
+
+{chr(10).join(f"- `{name}`" for name in files)}
+
+## How it was made
+
+```sh
+{command}
+```
+
+Data: {data}
+
+| | |
+| --- | --- |
+{chr(10).join(shown)}
+
+Validation loss is the RMS distance, in latents of unit scale, between the student's prediction and the end of the
+teacher's own guided path from the same noise, at the timesteps of four-step sampling, on samples that were not trained
+on. All settings are in `config.json`.
+
+![curves](curves.png)
+"""
+    if sheet is not None:
+        text += f"\n![the teacher's pictures with 50 steps and the student's with 1, 2, 4 and 8]({sheet.name})\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def save_workflow(config: Config, pipeline: Pipeline, folder: Path, model_name: str, lora_name: str | None) -> Path:
+    """The pack's text-to-image workflow with this model, its picture size and a prompt set."""
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    side = pipeline.latent_shape[1] * pipeline.vae_scale
+    by_type = {node["type"]: node for node in graph["nodes"]}
+    by_type["SPLAMLoader"]["widgets_values"][0] = model_name
+    by_type["CLIPTextEncode"]["widgets_values"] = [sample_prompts(config)[0]]
+    by_type["EmptyLatentImage"]["widgets_values"][:2] = [side, side]
+    for note in (node for node in graph["nodes"] if node["type"] in ("MarkdownNote", "Note")):
+        where = "`models/loras/`" if lora_name else "`models/checkpoints/`"
+        note["widgets_values"] = [f"## {config.name}\n\nPut `{lora_name or model_name}` into {where}, refresh, run."]
+    if lora_name:
+        _insert_lora(graph, by_type["SPLAMLoader"], lora_name)
+    file = folder / f"{config.name}.workflow.json"
+    file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def _insert_lora(graph: dict, loader: dict, lora_name: str) -> None:
+    """A LoraLoaderModelOnly on the MODEL link of the loader."""
+    link = next(one for one in graph["links"] if one[1] == loader["id"] and one[5] == "MODEL")
+    node_id, link_id = graph["last_node_id"] + 1, graph["last_link_id"] + 1
+    node = {
+        "id": node_id,
+        "type": "LoraLoaderModelOnly",
+        "pos": [loader["pos"][0], loader["pos"][1] + 160],
+        "size": [320, 82],
+        "flags": {},
+        "order": 1,
+        "mode": 0,
+        "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
+        "outputs": [{"name": "MODEL", "type": "MODEL", "slot_index": 0, "links": [link[0]]}],
+        "properties": {"Node name for S&R": "LoraLoaderModelOnly"},
+        "widgets_values": [lora_name, 1],
+    }
+    loader["outputs"][0]["links"] = [link_id]
+    graph["links"].append([link_id, loader["id"], link[2], node_id, 0, "MODEL"])
+    link[1], link[2] = node_id, 0
+    graph["nodes"].append(node)
+    graph["last_node_id"], graph["last_link_id"] = node_id, link_id
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """Absolute paths as their last part: a card is published, and where a file lay is nobody's business."""
+    return [Path(one).name if Path(one).is_absolute() else one for one in arguments]
