@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from modules import sd_samplers, shared
 
 SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from the first on, without negative prompt
@@ -51,6 +52,16 @@ def request_guidance_one(p: Any, name: str) -> None:
 def guidance_of(p: Any) -> float:
     """The guidance of the pass that `p` is in."""
     return p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale
+
+
+def predicts_noise() -> bool:
+    """Whether the loaded checkpoint predicts noise, not v. Forge and reForge know it by a function alone."""
+    if not hasattr(shared.sd_model, "forge_objects"):
+        return shared.sd_model.parameterization == "eps"
+    model = shared.sd_model.forge_objects.unet.model
+    prediction = model.predictor if hasattr(model, "predictor") else model.model_sampling
+    x0 = prediction.calculate_denoised(torch.ones(1), torch.ones(1, 1), torch.zeros(1, 1))
+    return x0.item() == -1  # at sigma 1: noise gives x - output, v (x - sqrt(2) output) / 2
 
 
 def one_weight_for_all() -> bool:

@@ -17,6 +17,7 @@ from . import hosts
 NAME = "SPLAM"
 MOST_STEPS = 8  # more are allowed, with a hint
 GRID = 50  # LCMScheduler's original_inference_steps
+ZERO_SNR_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6; hosts end one of zero SNR at 4519
 HINT = (
     "SPLAM is made for 1 to 8 steps (4 is usual): more take longer and change little. "
     "It takes at most 50, and fewer at a low denoising strength."
@@ -94,7 +95,8 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
     def pick_timesteps(self, p: Any, steps: int, strength: float) -> Tensor:
         """LCMScheduler's timesteps [n]: `steps` of them, or as many as the grid has at this strength, which may be 0.
 
-        Raises ValueError for a model without Stable Diffusion's 1000 timesteps.
+        Raises ValueError for a model without Stable Diffusion's 1000 timesteps, and for noise prediction where the
+        schedule has zero terminal SNR and the run starts there.
         """
         sigmas = self.model_wrap.sigmas
         if len(sigmas) != 1000 or sigmas[-1] <= 1:
@@ -105,7 +107,14 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         fit = min(steps, int(GRID * strength))
         if steps > MOST_STEPS or fit < steps:
             p.comment(HINT)
-        return few_step_timesteps(fit, strength) if fit > 0 else torch.empty(0, dtype=torch.long)
+        timesteps = few_step_timesteps(fit, strength) if fit > 0 else torch.empty(0, dtype=torch.long)
+        if any(sigmas[t] > ZERO_SNR_SIGMA for t in timesteps) and hosts.predicts_noise():
+            raise ValueError(
+                "SPLAM: the checkpoint predicts noise, and the noise schedule has zero terminal SNR: at its first "
+                'timestep predicted noise says nothing about the picture. Set "Noise schedule for sampling" (Settings, '
+                'Sampler parameters) to "Default", or choose a checkpoint with v prediction.'
+            )
+        return timesteps
 
     @contextmanager
     def guidance(self, p: Any, conditioning: Any, negative: Any) -> Iterator[Any]:

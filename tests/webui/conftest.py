@@ -51,8 +51,9 @@ def started(name, folder, monkeypatch):
             program.runner = program.scripts.ScriptRunner(program.scripts.load_script(SCRIPT))
             program.use(parameterization)
 
-        def use(parameterization="eps", network=None):
-            program.shared.sd_model = program.model.Checkpoint(network or tiny_network, name, parameterization)
+        def use(parameterization="eps", network=None, zero_snr=False):
+            network = network or tiny_network
+            program.shared.sd_model = program.model.Checkpoint(network, name, parameterization, zero_snr)
 
         program.load, program.use = load, use
         program.run = lambda p: run(program, p)

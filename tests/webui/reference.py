@@ -37,12 +37,12 @@ def tiny_network(x, t, context):
         return UNET(x, t, context).sample
 
 
-def lcm(z, context, steps, noises, strength=1.0, prediction_type="epsilon", blend=None, see=None):
+def lcm(z, context, steps, noises, strength=1.0, blend=None, see=None, **config):
     """diffusers' LCMScheduler around the UNet: z at the first timestep, one of `noises` after each step but the last.
 
     blend(x0) and see(z, t) are what a host's mask does to a prediction and to what the UNet sees.
     """
-    scheduler = scheduler_of(prediction_type)
+    scheduler = scheduler_of(**config)
     scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
     fresh = iter(noises)
     with pytest.MonkeyPatch.context() as patch:
@@ -94,10 +94,11 @@ def composed(z, pictures, negative, steps, noises, strength=1.0, edited=False):
     return denoised
 
 
-def scheduler_of(prediction_type="epsilon"):
-    return LCMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-    )
+def scheduler_of(**config):
+    """Stable Diffusion 1.x's schedule. With zero terminal SNR, the hosts' 4.9e-8 in place of the 0 at its end."""
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **config)
+    scheduler.alphas_cumprod[-1] = scheduler.alphas_cumprod[-1].clamp(min=4.8973451890853435e-08)
+    return scheduler
 
 
 def levels(scheduler, t):
@@ -105,9 +106,9 @@ def levels(scheduler, t):
     return signal.sqrt(), (1 - signal).sqrt()
 
 
-def noised(image, noise, steps, strength):
+def noised(image, noise, steps, strength, **config):
     """The latent from which diffusers starts image-to-image."""
-    scheduler = scheduler_of()
+    scheduler = scheduler_of(**config)
     scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
     return scheduler.add_noise(image, noise, scheduler.timesteps[:1])
 

@@ -29,6 +29,35 @@ def test_v_prediction(host):
     assert_same(found, lcm(p.rng.drawn[0], context(p), 4, p.rng.drawn[1:], prediction_type="v_prediction"))
 
 
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_v_prediction_with_zero_terminal_snr(host, steps):
+    host.use("v", zero_snr=True)
+    p = host.request(steps=steps)
+    found, _ = host.run(p)
+    assert_same(found, lcm(p.rng.drawn[0], context(p), steps, p.rng.drawn[1:], **ZERO_SNR))
+
+
+def test_noise_prediction_with_zero_terminal_snr_is_refused(host):
+    """At the first timestep predicted noise says nothing about the picture, and the division is by 2.2e-4."""
+    host.use("eps", zero_snr=True)
+    with pytest.raises(ValueError, match=r'predicts noise.*zero terminal SNR.*"Noise schedule for sampling"'):
+        host.run(host.request())
+    assert not host.shared.sd_model.calls
+
+
+def test_noise_prediction_with_zero_terminal_snr_from_an_image(host):
+    """Below the first timestep nothing is divided by (nearly) 0."""
+    host.use("eps", zero_snr=True)
+    p = host.request(init_latent=IMAGE, denoising_strength=0.6)
+    found, _ = host.run(p)
+    config = {"rescale_betas_zero_snr": True}
+    first, *fresh = p.rng.drawn
+    assert_same(found, lcm(noised(IMAGE, first, 4, 0.6, **config), context(p), 4, fresh, 0.6, **config))
+
+
 def test_batch_is_its_pictures_made_one_by_one(host):
     prompts, seeds = [embedding(1), embedding(2)], [7, 8]
     p = host.request(prompts=prompts, seeds=seeds, steps=2)
@@ -245,7 +274,7 @@ def test_another_kind_of_model_is_named(host):
     checkpoint = host.shared.sd_model
     checkpoint.alphas_cumprod = checkpoint.alphas_cumprod[:500]
     if hasattr(checkpoint, "forge_objects"):
-        predictor = checkpoint.forge_objects.unet.model.predictor
+        (predictor,) = vars(checkpoint.forge_objects.unet.model).values()
         predictor.sigmas = predictor.sigmas[:500]
     with pytest.raises(ValueError, match=r"expected a Stable Diffusion .* found a model with 500 noise levels"):
         host.run(host.request())

@@ -5,11 +5,21 @@ from types import SimpleNamespace
 import numpy
 import torch
 
+from . import HOST
+
 
 def alphas_cumprod():
     """Computed in float64 and rounded once, as in these hosts (diffusers computes in float32)."""
     betas = numpy.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=numpy.float64) ** 2
     return torch.tensor(numpy.cumprod(1 - betas), dtype=torch.float32)
+
+
+def zero_terminal_snr(alphas):
+    """The table of the setting "Noise schedule: Zero Terminal SNR": rescaled to 0 at the end, where 4.9e-8 is put."""
+    roots = alphas.sqrt()
+    rescaled = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    rescaled[-1] = 4.8973451890853435e-08
+    return rescaled
 
 
 def expand(sigma, x):
@@ -21,7 +31,7 @@ class Checkpoint:
 
     is_sdxl = False
 
-    def __init__(self, unet, host, parameterization="eps"):
+    def __init__(self, unet, host, parameterization="eps", zero_snr=False):
         self.parameterization, self.calls = parameterization, []
 
         def apply_model(x, t, context):
@@ -29,12 +39,13 @@ class Checkpoint:
             return unet(x, t, context)
 
         self.apply_model = apply_model
-        self.alphas_cumprod = alphas_cumprod()
+        self.alphas_cumprod = zero_terminal_snr(alphas_cumprod()) if zero_snr else alphas_cumprod()
         if host != "a1111":
             predictor = Predictor(self)
             self.forge_objects = SimpleNamespace(
                 unet=SimpleNamespace(
-                    model=SimpleNamespace(predictor=predictor, model_sampling=predictor), model_options={}
+                    model=SimpleNamespace(**{"predictor" if host == "forge" else "model_sampling": predictor}),
+                    model_options={},
                 )
             )
 
@@ -43,7 +54,9 @@ class Predictor:
     """Forge's and, under another name, reForge's: sigma to the nearest timestep."""
 
     def __init__(self, checkpoint):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.v = checkpoint, checkpoint.parameterization == "v"
+        if HOST == "reforge":
+            checkpoint.parameterization = "eps"  # as of an XL checkpoint that is known by its key "v_pred"
         self.sigmas = ((1 - checkpoint.alphas_cumprod) / checkpoint.alphas_cumprod) ** 0.5
         self.log_sigmas = self.sigmas.log()
 
@@ -56,7 +69,11 @@ class Predictor:
     def denoise(self, x, sigma, context):
         s = expand(sigma, x)
         out = self.checkpoint.apply_model(x / (s**2 + 1) ** 0.5, self.timestep(sigma).float(), context)
-        if self.checkpoint.parameterization == "v":
+        return self.calculate_denoised(sigma, out, x)
+
+    def calculate_denoised(self, sigma, out, x):
+        s = expand(sigma, x)
+        if self.v:
             return x / (s**2 + 1) - out * s / (s**2 + 1) ** 0.5
         return x - out * s
 

@@ -91,10 +91,12 @@ class CFGDenoiser(torch.nn.Module):
         if math.isclose(cond_scale, 1.0) and not options.get("disable_cfg1_optimization", False):
             negative = None
 
+        predictor = model.predictor if HOST == "forge" else model.model_sampling
+
         def average(conds):
             total, count = torch.zeros_like(x), torch.full_like(x, 1e-37)
             for part in conds or []:
-                total += model.predictor.denoise(x, sigma, part["cond"]) * part.get("strength", 1.0)
+                total += predictor.denoise(x, sigma, part["cond"]) * part.get("strength", 1.0)
                 count += part.get("strength", 1.0)
             return total / count
 
