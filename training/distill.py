@@ -13,9 +13,7 @@ NAME.splam.safetensors or NAME.splam-lora.safetensors, with README.md and a Comf
 from __future__ import annotations
 
 import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path
@@ -23,7 +21,6 @@ if __package__ in (None, ""):  # run by path
     __package__ = "training"
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -32,6 +29,7 @@ from training.run.loop import Distillation, Progress
 from training.run.measure import measure
 from training.run.networks import load_teacher
 from training.run.plan import describe, plan
+from training.run.processes import join_processes
 from training.run.publish import finish
 from training.run.report import (
     Sheets,
@@ -45,11 +43,7 @@ from training.run.validation import Score
 
 def distill(config: Config) -> None:
     """Train, show and export. Raises what the parts raise, each with one clear message."""
-    # While one process draws a sheet, the others may wait for it.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
-        patience.backend = "gloo"  # accelerate names none there, and would take every process for the only one
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+    accelerator = join_processes(config.mixed_precision)
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     pipeline = load_teacher(config, accelerator.device)

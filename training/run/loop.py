@@ -56,12 +56,9 @@ from .networks import (
 )
 from .optimizers import build_optimizer
 from .sharding import (
-    gathered_moments,
     gathered_optimizer,
-    load_moments,
     sharded_optimizer,
     sharding_mesh,
-    uses_zero,
 )
 from .validation import Score, Validation
 
@@ -88,7 +85,7 @@ class Distillation:
 
     def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
-        mesh, zero = sharding_mesh(config, accelerator), uses_zero(config, accelerator)
+        mesh = sharding_mesh(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
         self.data = open_data(config.data, pipeline, config.data_options, whole, config.seed + 1)
         self.negative = pipeline.unconditional()
@@ -107,7 +104,6 @@ class Distillation:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         else:
             self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
-        self.engine = self.networks.student if zero else None  # DeepSpeed's
         conditioning = gamma_conditioning(config)
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
@@ -174,11 +170,7 @@ class Distillation:
                 # A checkpointed backward pass runs forward again and must pick the same attention.
                 with _attention(accelerator.device):
                     part = loss / many if many > 1 else loss
-                    if self.engine:  # accelerate would step it before the loss is looked at
-                        self.engine.set_gradient_accumulation_boundary(last)
-                        self.engine.backward(part)
-                    else:
-                        accelerator.backward(part)
+                    accelerator.backward(part)
             total += loss.detach() / many if many > 1 else loss.detach()
         return total
 
@@ -212,9 +204,6 @@ class Distillation:
 
     def _descend(self) -> Tensor | float:
         """Step the optimizer along the gradient, clipped to --max-grad-norm; its norm [] before that."""
-        if self.engine:
-            self.engine.step()
-            return self.engine.get_global_grad_norm()
         clip = self.accelerator.clip_grad_norm_
         if self.networks.sharded:  # accelerate clips only what it has sharded itself
             clip = clip_grad_norm_
@@ -291,10 +280,7 @@ class Distillation:
         names = ("student", "target", "release")
         weights = {name: self.networks.whole(name) for name in names if self.networks.weights(name)}
         scaler = getattr(accelerator, "scaler", None)
-        if self.engine:
-            moments = gathered_moments(self.engine, self.networks.trainable())
-        else:
-            moments = self.optimizer.state_dict()
+        moments = self.optimizer.state_dict()
         optimizer = {
             "optimizer": gathered_optimizer(moments) if self.networks.sharded else moments,
             "scaler": scaler.state_dict() if scaler else {},
@@ -324,7 +310,7 @@ class Distillation:
     def free(self) -> None:
         """Let go of the networks and the optimizer: what is left is to write the result."""
         self.accelerator.free_memory()
-        self.networks = self.optimizer = self.validation = self.engine = None
+        self.networks = self.optimizer = self.validation = None
         self.pipeline.unet = None
         gc.collect()
 
@@ -334,16 +320,12 @@ class Distillation:
         if folder is None:
             return None
         sharded = self.networks.sharded
-        shares = sharded or self.engine is not None
-        weights, optimizer, state = read_checkpoint(folder, "cpu" if shares else self.pipeline.device, mmap=shares)
+        weights, optimizer, state = read_checkpoint(folder, "cpu" if sharded else self.pipeline.device, mmap=sharded)
         try:
             for name in ("student", "target", "release"):
                 load_weights(self.networks, name, weights.get(name, {}))
             moments, trained = optimizer["optimizer"], self.networks.trainable()
-            if self.engine:
-                load_moments(self.engine, moments, trained)
-            else:
-                self.optimizer.load_state_dict(sharded_optimizer(moments, trained) if sharded else moments)
+            self.optimizer.load_state_dict(sharded_optimizer(moments, trained) if sharded else moments)
             if optimizer["scaler"] and getattr(self.accelerator, "scaler", None):
                 self.accelerator.scaler.load_state_dict(optimizer["scaler"])
             torch.set_rng_state(optimizer["random"].cpu())

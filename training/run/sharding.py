@@ -1,15 +1,13 @@
-"""What lies in shards over the processes of a run, where `accelerate launch` is told FSDP or DeepSpeed.
+"""What lies in shards over the processes of a run, where `accelerate launch` is told FSDP: torch's FSDP2.
 
-FSDP is torch's FSDP2. Accelerate would shard the student alone; student, target and teacher are cut in the same way
-here, so that averages are updates of each process's own shards. DeepSpeed's ZeRO-2 cuts the student's gradients and
-optimizer state; weights are whole. Checkpoints hold everything whole, and fit runs of any number of processes.
+Accelerate would shard the student alone; student, target and teacher are cut in the same way here, so that averages
+are updates of each process's own shards. Checkpoints hold everything whole, and fit runs of any number of processes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,43 +37,14 @@ def sharding_mesh(config: Config, accelerator: Accelerator) -> DeviceMesh | None
         "fsdp_version 1 (write fsdp_version: 2)": os.environ.get("FSDP_VERSION", "1") != "2",
         "fsdp_offload_params": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     }
-    _check(config, "FSDP", "fsdp.yaml", own)
+    _check(config, own)
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
-def uses_zero(config: Config, accelerator: Accelerator) -> bool:
-    """Whether the run is a DeepSpeed one; then its settings are made those of `config`.
-
-    For before `prepare`. Raises ValueError for what ZeRO-2 does not go with.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return False
-    settings, bf16 = plugin.deepspeed_config, config.mixed_precision == "bf16"
-    places = [settings["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param")]
-    own = {
-        f"zero_stage {plugin.zero_stage} (write zero_stage: 2)": plugin.zero_stage != 2,
-        "offloading": any(place.get("device", "none") != "none" for place in places),
-    }
-    _check(config, "DeepSpeed", "deepspeed_zero2.yaml", own)
-    settings |= {
-        "train_micro_batch_size_per_gpu": config.train_batch_size,
-        "train_batch_size": config.train_batch_size * accelerator.num_processes,
-        "gradient_accumulation_steps": 1,  # the trainer says which backward pass is a step's last
-        "gradient_clipping": config.max_grad_norm,
-        # Its own bf16 would train rounded copies of the weights, of which the averages would be averages too.
-        "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-    }
-    if bf16:  # accelerate leaves it to DeepSpeed, which knows of the student alone
-        accelerator.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16)
-    return True
-
-
-def _check(config: Config, what: str, file: str, own: Mapping[str, bool]) -> None:
+def _check(config: Config, own: Mapping[str, bool]) -> None:
     if config.lora:
         raise ValueError(
-            f"--lora does not go with {what}, nor needs it: its one UNet is frozen. Take training/configs/ddp.yaml."
+            "--lora does not go with FSDP, nor needs it: its one UNet is frozen. Take training/configs/ddp.yaml."
         )
     wrong = {
         f"--optimizer {config.optimizer} (take adamw)": config.optimizer != "adamw",
@@ -85,8 +54,8 @@ def _check(config: Config, what: str, file: str, own: Mapping[str, bool]) -> Non
     }
     if any(wrong.values()):
         raise ValueError(
-            f"{what} is not supported together with {', '.join(key for key, value in wrong.items() if value)}. "
-            f"See training/configs/{file}."
+            f"FSDP is not supported together with {', '.join(key for key, value in wrong.items() if value)}. "
+            f"See training/configs/fsdp.yaml."
         )
 
 
@@ -135,41 +104,6 @@ def sharded_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) ->
         for index, one in state["state"].items()
     }
     return {**state, "state": slots}
-
-
-def gathered_moments(engine: Any, parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """As `gathered_optimizer`, of a DeepSpeed engine; `parameters` are in the optimizer's order."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    own = engine.optimizer.optimizer.state_dict()  # of one flat tensor, this process's part of all parameters
-    main, state = distributed.get_rank() == 0, {}
-    for index, parameter in enumerate(parameters):
-        for name, value in own["state"].get(0, {}).items():
-            whole = safe_get_full_optimizer_state(parameter, name) if value.dim() else value
-            if main:
-                state.setdefault(index, {})[name] = whole.cpu().clone()
-    return {"state": state, "param_groups": [{**own["param_groups"][0], "params": list(range(len(parameters)))}]}
-
-
-def load_moments(engine: Any, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-    """The reverse, into every process. The parameters' weights become those that the optimizer goes on from."""
-    optimizer = engine.optimizer.optimizer
-    (flat,) = optimizer.param_groups[0]["params"]
-    begin, slots = distributed.get_rank() * flat.numel(), {}
-    end = begin + flat.numel()
-    for index, one in state["state"].items():
-        first = parameters[index].storage_offset()  # DeepSpeed has made parameters views of one tensor
-        for name, value in one.items():
-            if not value.dim():
-                slots[name] = value
-                continue
-            part = slots.setdefault(name, torch.zeros_like(flat, dtype=value.dtype))
-            low, high = max(begin, first), min(end, first + value.numel())
-            if low < high:
-                part[low - begin : high - begin] = value.flatten()[low - first : high - first]
-    group = {**state["param_groups"][0], "params": [0]}
-    optimizer.load_state_dict({"state": {0: slots} if slots else {}, "param_groups": [group]})
-    engine.optimizer.refresh_fp32_params()
 
 
 def _cut(whole: Tensor, like: Tensor) -> Tensor:
