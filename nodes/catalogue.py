@@ -2,16 +2,19 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
+from ..splam_core.checkpoint import PICKLES, is_safetensors
+
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 PUBLISHER = "alimama-creative"
 RELEASES = ("slam-sd1.5", "slam-dreamshaper7")  # folder names of the authors' published pipelines
-DIFFUSION_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+KINDS = ("checkpoints", "diffusion_models", "diffusers", "loras")  # the host's folders that are read
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ def find_models() -> dict[str, Location]:
     for kind, prefix in (("diffusion_models", "diffusion_models/"), ("checkpoints", "")):
         for name in folder_paths.get_filename_list(kind):
             path = folder_paths.get_full_path(kind, name)
-            if path and name.endswith(".safetensors"):
+            if path and is_safetensors(name):
                 name = Path(name).as_posix()
                 found.setdefault(prefix + name, Location(Path(path), is_few_step=bool(_release(name))))
     return found
 
 
 def locate(name: str) -> Location:
-    """Raises ValueError, naming the folders to look in, when there is no such model.
+    """Raises ValueError, saying where models go, when there is no such model.
 
     A published release may also be called by its place, diffusers/slam-sd1.5.
     """
@@ -69,22 +72,43 @@ def locate(name: str) -> Location:
     release = _release(name.removeprefix("diffusers/")) if name.startswith("diffusers/") and ".." not in name else ""
     if release in found:
         return found[release]
-    if name.endswith(PICKLES):
+    if is_pickle(name):
         raise ValueError(
             f"SPLAM Loader: {name!r} is a pickle, which can run code when opened; expected a .safetensors file. "
             "Convert it to safetensors, or use the model's .safetensors download."
         )
-    folders = {
-        kind: " or ".join(folder_paths.get_folder_paths(kind))
-        for kind in ("diffusers", "diffusion_models", "checkpoints")
-    }
     listed = list(found)
     shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
     raise ValueError(
         f"SPLAM Loader: there is no model {name!r}. Found: {shown or 'none'}. Put diffusers folders into "
-        f"{folders['diffusers']}, UNet files into {folders['diffusion_models']}, whole *.safetensors checkpoints into "
-        f"{folders['checkpoints']}, and refresh the page; SPLAM Fetch downloads the published ones."
+        "models/diffusers, UNet files into models/diffusion_models, whole *.safetensors checkpoints into "
+        "models/checkpoints, and refresh the page; SPLAM Fetch downloads the published ones."
     )
+
+
+def is_pickle(name: str) -> bool:
+    return Path(name).suffix.lower() in PICKLES
+
+
+@contextmanager
+def host_names() -> Iterator[None]:
+    """Errors raised inside name files by folder and name, checkpoints/x.safetensors, never by the server's own paths.
+
+    Whoever queues a graph on a shared server reads them.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(in_host_names(str(error))) from error
+
+
+def in_host_names(text: str) -> str:
+    """The text with the host's folders in place of their paths."""
+    known = {EMBEDDED: "embedded", Path(folder_paths.models_dir): "models", Path(folder_paths.base_path): "ComfyUI"}
+    known |= {Path(folder): kind for kind in KINDS for folder in folder_paths.get_folder_paths(kind)}
+    for folder in sorted(known, key=lambda path: len(str(path)), reverse=True):
+        text = text.replace(str(folder), known[folder])
+    return text
 
 
 def read_json(file: Path) -> dict:
@@ -114,7 +138,7 @@ def _diffusers_models(base: Path) -> list[Path]:
             if _is_unet_folder(folder):
                 models.append(folder)
         else:
-            models += [folder / name for name in sorted(files) if name.endswith(".safetensors")]
+            models += [folder / name for name in sorted(files) if is_safetensors(name)]
     return models
 
 

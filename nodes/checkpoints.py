@@ -17,16 +17,25 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..splam_core.checkpoint import UNET_PREFIX, VAE_PREFIX, diffusers_to_ldm, fold_gamma, load_file, read_metadata
-from ..splam_core.schedule import NoiseSchedule
-from .catalogue import DIFFUSION_WEIGHTS, Location, read_json
+from ..splam_core.checkpoint import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    diffusers_to_ldm,
+    fold_gamma,
+    is_safetensors,
+    load_files,
+    read_metadata,
+    weight_files,
+)
+from ..splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
+from .catalogue import Location, read_json
 from .gamma import ATTACHMENT, GammaWeights
-from .parametrisation import patch, prediction_type_of, schedule_of
+from .parametrisation import declare, patch, prediction_type_of, schedule_of
 from .parts import build_clip, build_unet, build_vae, check_keys, host_knows
 
 # A file may bring its parts' diffusers configurations, as JSON texts in its metadata under "splam.<part>".
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
-TEXT_WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
+DIFFUSION_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"  # what their files' names begin with
 CLIP_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 OPEN_CLIP = "cond_stage_model.model."  # where SD2.x keeps its text encoder, which pads with token 0
 FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
@@ -43,6 +52,7 @@ class Checkpoint:
     whole_file: dict | None = None  # a single file as the host reads it
     configs: dict = field(default_factory=dict)  # part -> diffusers' configuration of it
     metadata: dict = field(default_factory=dict)
+    parametrisation: Parametrisation = field(default_factory=Parametrisation)
     gamma: GammaWeights | None = None
     is_few_step: bool = False
 
@@ -83,19 +93,21 @@ def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
     for tokenizer in ("tokenizer", "tokenizer_2"):
         file = location.path / tokenizer / "tokenizer_config.json"
         configs[tokenizer] = read_json(file) if file.is_file() else {}
-    metadata = read_metadata(unet_files[0])
-    unet, gamma = fold(_load_all(unet_files), metadata, embedded_guidance)
+    metadata, weights = read_metadata(unet_files[0]), load_files(unet_files)
     try:
-        single = diffusers_to_ldm(unet, _load_all(vae_files))
+        parametrisation = parametrisation_of(weights, metadata, configs["scheduler"])
+        unet, gamma = fold(weights, metadata, embedded_guidance)
+        single = diffusers_to_ldm(unet, load_files(vae_files))
     except ValueError as error:
         raise ValueError(f"{location.path}: {error}") from error
     return Checkpoint(
         path=unet_files[0].parent,
         unet=_under(single, UNET_PREFIX),
         vae=_under(single, VAE_PREFIX),
-        text_encoders=[_load_all(files) for files in text_files],
+        text_encoders=[load_files(files) for files in text_files],
         configs=configs,
         metadata=metadata,
+        parametrisation=parametrisation,
         gamma=gamma[1],
         is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
@@ -104,9 +116,13 @@ def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
 def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoint:
     """A UNet folder, a UNet file under either naming, or a single file with UNet, VAE and text encoder."""
     (files,) = _weight_groups(location)
-    path, metadata = files[0], read_metadata(files[0])
-    weights, gamma = fold(_load_all(files), metadata, embedded_guidance)
+    path, metadata, weights = files[0], read_metadata(files[0]), load_files(files)
     configs = {part: json.loads(metadata[f"splam.{part}"]) for part in PARTS if f"splam.{part}" in metadata}
+    try:
+        parametrisation = parametrisation_of(weights, metadata, configs.get("scheduler"))
+        weights, gamma = fold(weights, metadata, embedded_guidance)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     beside = path.parent / "config.json"
     if "unet" not in configs and beside.is_file() and path.name.startswith("diffusion_pytorch_model"):
         configs["unet"] = read_json(beside)
@@ -115,6 +131,7 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
         unet={},
         configs=configs,
         metadata=metadata,
+        parametrisation=parametrisation,
         gamma=gamma[1],
         is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
@@ -125,7 +142,9 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
         if any(key.startswith(OPEN_CLIP) for key in weights):
             configs.setdefault("tokenizer", {"pad_token": "!"})
         checkpoint.whole_file = weights
-    elif "input_blocks.0.0.weight" in weights and "out.2.weight" in weights:
+        return checkpoint
+    weights = {key: weight for key, weight in weights.items() if key not in MARKS}
+    if "input_blocks.0.0.weight" in weights and "out.2.weight" in weights:
         checkpoint.unet = weights
     elif "conv_in.weight" in weights and "conv_out.weight" in weights and "time_embedding.linear_1.weight" in weights:
         try:
@@ -156,8 +175,7 @@ def fold(weights: dict, metadata: dict, embedded_guidance: float) -> tuple[dict,
     bandwidth = float(metadata.get("splam.gamma_bandwidth", 1000)) if ours else None
     folded, _ = fold_gamma(weights, "zero" if ours else float(embedded_guidance))
     is_gamma = ours or embedded_guidance == 1
-    scale = weights.get(cond_proj.removesuffix("weight") + "scale_weight", torch.ones(()))
-    kept = GammaWeights(weights[cond_proj].float() * scale.float(), bandwidth) if is_gamma else None
+    kept = GammaWeights(weights[cond_proj].float(), bandwidth) if is_gamma else None
     return folded, (True, kept)
 
 
@@ -190,27 +208,22 @@ def build(checkpoint: Checkpoint):
 
 def with_schedule(model, checkpoint: Checkpoint):
     """The MODEL on the schedule that the checkpoint names, or else on SD's with what the host takes it to predict."""
-    sampling = model.get_model_object("model_sampling")
-    scheduler = checkpoint.configs.get("scheduler")
-    schedule = NoiseSchedule.from_config(scheduler) if scheduler else schedule_of(sampling)
-    if scheduler:
-        prediction_type = scheduler.get("prediction_type", "epsilon")
-    else:
-        # The host guesses it from a weight's size; the file may say it.
-        named = checkpoint.metadata.get("modelspec.prediction_type", "").lower()
-        said = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}.get(named)
-        prediction_type = said or prediction_type_of(sampling)
+    said, sampling = checkpoint.parametrisation, model.get_model_object("model_sampling")
+    schedule = said.schedule if said.schedule is not None else schedule_of(sampling)
+    # Where the file does not say, the host guesses it from a weight's size.
+    prediction_type = said.prediction_type or prediction_type_of(sampling)
+    declare(model, prediction_type, schedule)
     return patch(model, schedule, prediction_type, checkpoint.is_few_step)
 
 
-def weight_files(location: Location) -> list[Path]:
+def files_of(location: Location) -> list[Path]:
     """All weight files of a model. Raises ValueError where one is missing."""
     return [file for group in _weight_groups(location) for file in group]
 
 
 def _weight_groups(location: Location) -> list[list[Path]]:
     """The files of each part: UNet, VAE, text encoders; or of the UNet alone; or the one file."""
-    if location.path.suffix == ".safetensors" and not location.path.is_dir():
+    if is_safetensors(location.path) and not location.path.is_dir():
         return [[location.path]]
     if not location.is_pipeline:
         return [_weights_in(location.path, DIFFUSION_WEIGHTS)]
@@ -222,28 +235,15 @@ def _weight_groups(location: Location) -> list[list[Path]]:
     ]
 
 
-def _weights_in(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():  # the weights are in several files, beside the list of them
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
-            if missing or not shards:
-                raise ValueError(
-                    f"{index}: names {', '.join(missing) or 'no file'}, not found in its folder. Fetch it."
-                )
-            return [folder / shard for shard in shards]
+def _weights_in(folder: Path, stem: str) -> list[Path]:
+    files = weight_files(folder, stem)
+    if files:
+        return files
     found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     raise ValueError(
-        f"{folder}: expected {names[0]}, found {', '.join(found) or 'nothing'}. "
+        f"{folder}: expected {stem}.safetensors, found {', '.join(found) or 'nothing'}. "
         "Fetch the safetensors version of the model; pickles (.bin) are not opened."
     )
-
-
-def _load_all(files: list[Path]) -> dict:
-    return {key: weight for file in files for key, weight in load_file(file).items()}
 
 
 def _names_few_step(configs: dict, metadata: dict) -> bool:
@@ -252,7 +252,8 @@ def _names_few_step(configs: dict, metadata: dict) -> bool:
 
 def _warnings(checkpoint: Checkpoint, clip, vae) -> list[str]:
     """What the user should know of a model that has loaded."""
-    warnings, name = [], checkpoint.path.name
+    name = checkpoint.path.name
+    warnings = [f"SPLAM Loader: {name}: {sentence}" for sentence in checkpoint.parametrisation.contradictions]
     if not checkpoint.is_few_step:
         warnings.append(
             f"SPLAM Loader: nothing marks {name} as a SPLAM or LCM model (no LCMScheduler, no cond_proj, no splam "

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from .announce import warn
-from .catalogue import find_models, locate
-from .checkpoints import load, weight_files
+from .catalogue import find_models, host_names, locate
+from .checkpoints import files_of, load
 
 
 class SPLAMLoader(io.ComfyNode):
@@ -54,18 +54,21 @@ class SPLAMLoader(io.ComfyNode):
     def validate_inputs(cls, model_name):
         # In place of "value not in list": a sentence that says where models go.
         try:
-            return model_name is None or bool(locate(model_name))
+            with host_names():
+                return model_name is None or bool(locate(model_name))
         except ValueError as error:
             return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, model_name, embedded_guidance=1.0):
         # A model that was trained on and exported again is loaded again.
-        return [(str(file), file.stat().st_mtime_ns) for file in weight_files(locate(model_name))]
+        with host_names():
+            return [(str(file), file.stat().st_mtime_ns) for file in files_of(locate(model_name))]
 
     @classmethod
     def execute(cls, model_name, embedded_guidance=1.0) -> io.NodeOutput:
-        loaded = load(locate(model_name), embedded_guidance)
+        with host_names():
+            loaded = load(locate(model_name), embedded_guidance)
         if loaded.warnings:
             warn("\n".join(loaded.warnings))
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)

@@ -3,6 +3,7 @@
 ComfyUI keeps a latent as x = z/alpha(t), at noise level sigma(t)/alpha(t); there F = c_skip*alpha*x + c_out*x0.
 """
 
+import comfy.model_base
 import comfy.model_sampling
 import torch
 
@@ -16,6 +17,7 @@ class _Schedule(comfy.model_sampling.ModelSamplingDiscrete):
     def __init__(self, schedule: NoiseSchedule):
         super().__init__()
         self.schedule = schedule
+        self.zsnr = schedule.has_zero_terminal_snr  # which the host writes into the files that it saves
         self.set_sigmas(schedule.ve_sigma(torch.arange(schedule.num_train_timesteps)))
 
 
@@ -115,6 +117,17 @@ def patch(model, schedule: NoiseSchedule, prediction_type: str, is_consistency_m
     patched = model.clone()
     patched.add_object_patch("model_sampling", _CLASSES[prediction_type, is_consistency_model](schedule))
     return patched
+
+
+def declare(model, prediction_type: str, schedule: NoiseSchedule) -> None:
+    """Tells a freshly loaded MODEL what it predicts, as if the host's own loader had found it out.
+
+    What the host saves, merges and samples without SPLAM's parametrisation then follows it too.
+    """
+    base, types = model.model, comfy.model_base.ModelType
+    base.model_type = types.V_PREDICTION if prediction_type == "v_prediction" else types.EPS
+    base.model_config.sampling_settings["zsnr"] = schedule.has_zero_terminal_snr
+    base.model_sampling = comfy.model_base.model_sampling(base.model_config, base.model_type)
 
 
 def as_consistency_model(model):

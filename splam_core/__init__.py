@@ -5,10 +5,12 @@ from .checkpoint import (
     fold_gamma,
     ldm_to_diffusers,
     load_file,
+    load_files,
     lora_adapters,
     lora_to_kohya,
     read_metadata,
     save_file,
+    weight_files,
 )
 from .denoiser import Denoiser, boundary_scalings, predict_epsilon, predict_x0
 from .gamma import (
@@ -20,6 +22,7 @@ from .gamma import (
     sinusoid,
 )
 from .objective import Objective, ema_update, l2, pseudo_huber, sample_gamma, subpath_for
+from .parametrisation import Parametrisation, parametrisation_of
 from .sampler import add_noise, fresh_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
 from .solver import SOLVERS, ddim_step, guided, multiple_estimation
@@ -31,6 +34,7 @@ __all__ = [
     "DirectLinking",
     "NoiseSchedule",
     "Objective",
+    "Parametrisation",
     "SubPath",
     "SubPathLinear",
     "add_noise",
@@ -50,9 +54,11 @@ __all__ = [
     "l2",
     "ldm_to_diffusers",
     "load_file",
+    "load_files",
     "lora_adapters",
     "lora_to_kohya",
     "multiple_estimation",
+    "parametrisation_of",
     "patch_time_embedding",
     "predict_epsilon",
     "predict_x0",
@@ -64,4 +70,5 @@ __all__ = [
     "save_file",
     "sinusoid",
     "subpath_for",
+    "weight_files",
 ]

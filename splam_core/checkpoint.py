@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .gamma import authors_embedding, fold, guidance_embedding
 from .keys import LORA_PARTS, LoraKey, Pair, lora_key, rename, unet_pairs, vae_pairs
+from .quantization import METADATA as QUANTIZATION
+from .quantization import companions, dequantized, factor_of
 
 StateDict = dict[str, Tensor]
 
@@ -24,7 +26,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_SAFETENSORS = (".safetensors", ".sft")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Names that hosts know as they are: kohya's, and the host's own paths of modules.
 _HOST_LORA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "diffusion_model.")
 # cond_proj's name and the layer that it feeds, in diffusers and in LDM.
@@ -98,15 +101,15 @@ def fold_gamma(state_dict: Mapping[str, Tensor], embedded: str | float = "splam"
     found = [(key, name, feeds) for key in state_dict for name, feeds in _COND_PROJ if _is_or_ends(key, name)]
     folded = dict(state_dict)
     for key, name, feeds in found:
-        cond_proj, layer = folded.pop(key), key.removesuffix(name) + feeds
-        cond_proj = cond_proj.double() * folded.pop(key.removesuffix("weight") + "scale_weight", 1.0)
+        layer = key.removesuffix(name) + feeds
+        cond_proj = _as_double(folded, key)
+        for gone in (key, *companions(key)):
+            folded.pop(gone, None)
         phi = _constant_embedding(embedded, cond_proj.shape[1])
         if f"{layer}.weight" not in folded or f"{layer}.bias" not in folded:
             raise ValueError(f"found {key!r} without the layer it feeds, {layer!r} (weight and bias): incomplete UNet.")
         bias = folded[f"{layer}.bias"]
-        # ComfyUI's scaled fp8 files keep a weight's factor beside it.
-        linear_1 = folded[f"{layer}.weight"].double() * folded.get(f"{layer}.scale_weight", 1.0)
-        delta = fold(linear_1, cond_proj, phi)
+        delta = fold(_as_double(folded, f"{layer}.weight"), cond_proj, phi)
         folded[f"{layer}.bias"] = (bias.double().cpu() + delta).to(bias)
     return folded, bool(found)
 
@@ -160,16 +163,57 @@ def lora_adapters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is a safetensors file's: .safetensors or .sft, in any case."""
+    return Path(path).suffix.lower() in _SAFETENSORS
+
+
 def load_file(path: str | os.PathLike[str], device: str = "cpu") -> StateDict:
-    """The tensors of a .safetensors file. Raises FileNotFoundError or ValueError, naming the file and the remedy."""
-    with _open(path, device) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open does not iterate)
+    """The tensors of a safetensors file, fp8 weights times their factors (see quantization.py).
+
+    Raises FileNotFoundError or ValueError, naming the file and the remedy.
+    """
+    return load_files([path], device)
+
+
+def load_files(paths: Sequence[str | os.PathLike[str]], device: str = "cpu") -> StateDict:
+    """The tensors of a model that lies in several files, as `load_file`."""
+    weights: StateDict = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        with _open(path, device) as file:
+            weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open does not iterate)
+            metadata |= file.metadata() or {}
+    try:
+        return dequantized(weights, metadata)
+    except ValueError as error:
+        raise ValueError(f"{paths[0]}: {error}") from error
+
+
+def weight_files(folder: str | os.PathLike[str], stem: str) -> list[Path]:
+    """The files of one part of a diffusers pipeline: <stem>.safetensors, its fp16 variant, or shards and their index.
+
+    stem: "diffusion_pytorch_model" of a UNet or VAE, "model" of a text encoder. Empty if there are none.
+    Raises ValueError for an index that names files which are not beside it.
+    """
+    folder = Path(folder)
+    for variant in ("", ".fp16"):
+        if (folder / f"{stem}{variant}.safetensors").is_file():
+            return [folder / f"{stem}{variant}.safetensors"]
+        # The second is what diffusers and transformers write for a variant.
+        for name in (f"{stem}{variant}.safetensors.index.json", f"{stem}.safetensors.index{variant}.json"):
+            if (folder / name).is_file():
+                return _shards(folder / name)
+    return []
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a .safetensors file, empty if it has none. Errors as `load_file`; reads no tensor."""
+    """The metadata of a safetensors file, empty if it has none. Errors as `load_file`; reads no tensor.
+
+    Without what it says of quantisation, which is not true of what `load_file` gives.
+    """
     with _open(path, "cpu") as file:
-        return dict(file.metadata() or {})
+        return {key: value for key, value in (file.metadata() or {}).items() if key != QUANTIZATION}
 
 
 def save_file(
@@ -180,7 +224,7 @@ def save_file(
     Raises FileNotFoundError for a missing folder, ValueError for another extension or metadata that is not text.
     """
     path = Path(path)
-    _require_safetensors_name(path)
+    _require_name(path, (".safetensors",))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first.")
     for key, value in (metadata or {}).items():
@@ -201,7 +245,7 @@ def save_file(
 
 def _open(path: str | os.PathLike[str], device: str) -> safetensors.safe_open:
     path = Path(path)
-    _require_safetensors_name(path)
+    _require_name(path, _SAFETENSORS)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Check the path, or download the model again.")
     try:
@@ -213,10 +257,25 @@ def _open(path: str | os.PathLike[str], device: str) -> safetensors.safe_open:
         ) from error
 
 
-def _require_safetensors_name(path: Path) -> None:
-    if path.suffix == ".safetensors":
+def _shards(index: Path) -> list[Path]:
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted(set(map(str, named)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index}: expected JSON with a weight_map, found something else ({error!r}). Fetch the file again."
+        ) from error
+    missing = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).is_file()]
+    if missing or not shards:
+        raise ValueError(f"{index}: names {', '.join(missing[:3]) or 'no file'}, not found in its folder. Fetch it.")
+    return [index.parent / shard for shard in shards]
+
+
+def _require_name(path: Path, extensions: tuple[str, ...]) -> None:
+    suffix = path.suffix.lower()
+    if suffix in extensions:
         return
-    found = "a pickle, which can run code when opened" if path.suffix in _PICKLES else f"the extension {path.suffix!r}"
+    found = "a pickle, which can run code when opened" if suffix in PICKLES else f"the extension {path.suffix!r}"
     raise ValueError(
         f"{path}: expected a .safetensors file, found {found}. Convert it to safetensors, or use the model's "
         ".safetensors download."
@@ -230,6 +289,12 @@ def _alpha(key: LoraKey, rank: int, adapter: Mapping[str, Any]) -> float:
         if re.match(rf"(.*\.)?({pattern})$", key.module):
             found = value
     return found * rank**0.5 if adapter.get("use_rslora") else found
+
+
+def _as_double(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    """A weight in float64, times the factor that may lie beside it."""
+    factor = factor_of(state_dict, key)
+    return state_dict[key].double() * (1.0 if factor is None else factor.double())
 
 
 def _constant_embedding(embedded: str | float, dim: int) -> Tensor:

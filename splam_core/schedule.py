@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08  # what ComfyUI takes for the 0 at the end of a zero-SNR schedule
+
 
 def broadcast_to(levels: Tensor, x: Tensor) -> Tensor:
     """Shape one number per sample, [B] or a scalar [], so that it multiplies x [B, ...]; it moves to the device of x.
@@ -81,9 +83,26 @@ class NoiseSchedule:
             return cls.from_betas(torch.linspace(start, end, steps, dtype=torch.float32))
         raise ValueError(f"scheduler config: beta_schedule is {name!r}; expected 'scaled_linear' or 'linear'.")
 
+    def with_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule that ends in noise alone (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are
+        Flawed"): alpha shifted and scaled so that its first value stays and its last is 0.
+
+        In place of 0 stands 2.2e-4, as in ComfyUI, so that it can be divided by.
+        """
+        roots = self.alphas_cumprod.sqrt()
+        roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+        table = roots**2
+        table[-1] = ZERO_SNR_ALPHA_CUMPROD
+        return NoiseSchedule(table)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> NoiseSchedule:
         """The same table elsewhere. A float32 table cast to float64 keeps its values: only the arithmetic gains."""
         return NoiseSchedule(self.alphas_cumprod.to(device=device, dtype=dtype))
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is noise alone (as good as: 1e-6 of signal)."""
+        return bool(self.alphas_cumprod[-1] < 1e-6)
 
     @property
     def num_train_timesteps(self) -> int:

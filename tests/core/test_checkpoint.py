@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from splam_core import (
     fold_gamma,
     ldm_to_diffusers,
     load_file,
+    load_files,
     lora_adapters,
     lora_to_kohya,
     read_metadata,
     save_file,
+    weight_files,
 )
 
 pytestmark = pytest.mark.core
@@ -254,6 +257,37 @@ def test_missing_truncated_and_pickled_files_are_told_apart(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=rf"model\.safetensors.*found {len(broken)} bytes.*fetch it again"):
             load_file(path)
+
+
+@pytest.mark.parametrize("name", ["model.sft", "model.SAFETENSORS", "model.SafeTensors"])
+def test_safetensors_under_its_other_names(name, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", {"b": "c"})
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    assert load_file(tmp_path / name)["a"].sum() == 2
+    assert read_metadata(tmp_path / name)["b"] == "c"
+
+
+@pytest.mark.parametrize(
+    "index, shards",
+    [
+        ("model.safetensors.index.json", "model-0000{}-of-00002.safetensors"),
+        ("model.safetensors.index.fp16.json", "model.fp16-0000{}-of-00002.safetensors"),
+        ("model.fp16.safetensors.index.json", "model-0000{}-of-00002.fp16.safetensors"),
+    ],
+)
+def test_shards_under_every_name_of_their_index(index, shards, tmp_path):
+    names = [shards.format(number) for number in (1, 2)]
+    for key, name in zip("ab", names, strict=True):
+        save_file({key: torch.ones(2)}, tmp_path / name)
+    (tmp_path / index).write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    assert load_files(weight_files(tmp_path, "model")).keys() == {"a", "b"}
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ValueError, match=rf"{re.escape(index)}: names {re.escape(names[1])}, not found"):
+        weight_files(tmp_path, "model")
+    (tmp_path / index).write_text("[]")
+    with pytest.raises(ValueError, match="expected JSON with a weight_map"):
+        weight_files(tmp_path, "model")
+    assert weight_files(tmp_path, "diffusion_pytorch_model") == []
 
 
 def test_saving_where_it_cannot_be_is_explained(tmp_path):

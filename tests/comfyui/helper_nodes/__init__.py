@@ -85,10 +85,13 @@ class TestConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"width": ("INT", {"default": 768}), "seed": ("INT", {"default": 0})}}
+        inputs = {"width": ("INT", {"default": 768}), "seed": ("INT", {"default": 0})}
+        return {"required": inputs, "optional": {"pooled": ("INT", {"default": 0})}}
 
-    def run(self, width, seed):
-        return ([[torch.randn((1, 77, width), generator=torch.Generator().manual_seed(seed)), {}]],)
+    def run(self, width, seed, pooled=0):
+        generator = torch.Generator().manual_seed(seed)
+        more = {"pooled_output": torch.randn((1, pooled), generator=generator)} if pooled else {}
+        return ([[torch.randn((1, 77, width), generator=generator), more]],)
 
 
 NODE_CLASS_MAPPINGS = {
