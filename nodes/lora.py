@@ -1,21 +1,37 @@
 """SPLAM LoRA Loader: LoRAs under peft's, diffusers' or kohya's names, each key used or named."""
 
-import json
 import re
 from pathlib import Path
 
 import comfy.lora
+import comfy.model_management
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
+import torch
 from comfy_api.latest import io
 
-from ..splam_core.checkpoint import load_file, lora_adapters, lora_to_kohya, read_metadata
+from ..splam_core.checkpoint import (
+    is_safetensors,
+    load_file,
+    lora_adapters,
+    lora_magnitudes,
+    lora_to_kohya,
+    read_metadata,
+)
 from ..splam_core.keys import lora_key
 from .announce import warn
-from .catalogue import PICKLES
+from .catalogue import host_names, is_pickle, read_json
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]\.(lora_down|lora_A)\.weight$")
+CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
+# Endings of what LoRA, LoHa, LoKr and OFT are made of, in the names that the host reads; marks of these and others.
+ROLES = (
+    *(".lora_up.weight", ".lora_down.weight", ".lora_mid.weight", ".lora_B.weight", ".lora_A.weight"),
+    *(".hada_w1_a", ".hada_w1_b", ".hada_t1", ".oft_blocks"),
+    *(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2"),
+)
+MARKS = (".lora_", ".lora.", ".hada_", ".lokr_", ".oft_", ".a1.weight", ".diff", ".w_norm", ".b_norm", ".set_weight")
 
 
 class SPLAMLoraLoader(io.ComfyNode):
@@ -50,31 +66,35 @@ class SPLAMLoraLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name):
         try:
-            return lora_name is None or bool(locate_lora(lora_name))
+            with host_names():
+                return lora_name is None or bool(locate_lora(lora_name))
         except ValueError as error:
             return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
-        return locate_lora(lora_name).stat().st_mtime_ns
+        with host_names():
+            return locate_lora(lora_name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, clip=None) -> io.NodeOutput:
-        model, clip, unused = apply_lora(model, clip, locate_lora(lora_name), strength_model, strength_clip)
+        with host_names():
+            model, clip, unused = apply_lora(model, clip, locate_lora(lora_name), strength_model, strength_clip)
         if unused:
             shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
-            reason = "" if clip is not None else " (no CLIP is connected, so the text encoder's part goes unused)"
+            of_text = clip is None and any(key.startswith("lora_te") for key in unused)
+            reason = " (no CLIP is connected, so the text encoder's part goes unused)" if of_text else ""
             warn(f"SPLAM LoRA Loader: {lora_name}: {len(unused)} keys have no place in this model{reason}: {shown}")
         return io.NodeOutput(model, clip)
 
 
 def list_loras() -> list[str]:
-    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+    return [name for name in folder_paths.get_filename_list("loras") if is_safetensors(name)]
 
 
 def locate_lora(name: str) -> Path:
-    """Raises ValueError, naming the folder to look in, for a name that the host does not list."""
-    if name.endswith(PICKLES):
+    """Raises ValueError, saying where LoRAs go, for a name that the host does not list."""
+    if is_pickle(name):
         raise ValueError(
             f"SPLAM LoRA Loader: {name!r} is a pickle, which can run code when opened; expected a .safetensors file."
         )
@@ -82,7 +102,7 @@ def locate_lora(name: str) -> Path:
     if path is None:
         raise ValueError(
             f"SPLAM LoRA Loader: there is no LoRA {name!r}. Found: {', '.join(list_loras()[:20]) or 'none'}. Put "
-            f"*.safetensors files into {' or '.join(folder_paths.get_folder_paths('loras'))}, and refresh the page."
+            "*.safetensors files into models/loras, and refresh the page."
         )
     return Path(path)
 
@@ -94,17 +114,30 @@ def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: fl
     """
     weights = load_file(path)
     known = {key: weight for key, weight in weights.items() if _is_lora_key(key)}
-    if not any(".lora_" in key or key.endswith((".diff", ".diff_b")) or ".lora." in key for key in known):
+    if not any(mark in key for key in known for mark in MARKS):
         found = f"keys like {', '.join(sorted(weights)[:3]) or 'none'}"
-        raise ValueError(f"{path}: expected a LoRA (keys ending in lora_A.weight or lora_down.weight), found {found}.")
-    lora = lora_to_kohya(known, adapters=_adapters(path))
+        raise ValueError(
+            f"{path}: expected a LoRA (keys ending in lora_A.weight or lora_down.weight, or those of LoHa, LoKr, GLoRA "
+            f"and OFT in kohya's names), found {found}."
+        )
+    magnitudes = lora_magnitudes(known)
+    lora = lora_to_kohya({k: w for k, w in known.items() if not _is_magnitude(k)}, adapters=_adapters(path))
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
-    modules = {key: _module(key, key_map) for key in lora}
+    modules = {key: _module(key, key_map) for key in (*lora, *(f"{module}.magnitude" for module in magnitudes))}
     _check_family(path, lora, modules, key_map, model, clip)
-    # One warning says what goes unused, in place of the host's line for each.
-    patches = comfy.lora.load_lora({k: w for k, w in lora.items() if modules[k]}, key_map, log_missing=False)
+    try:
+        # One warning says what goes unused, in place of the host's line for each.
+        patches = comfy.lora.load_lora({k: w for k, w in lora.items() if modules[k]}, key_map, log_missing=False)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: the host cannot read this LoRA; a part is missing or misshapen ({error})."
+        ) from error
+    for module, magnitude in magnitudes.items():
+        target = key_map.get(module)
+        if isinstance(patches.get(target), comfy.weight_adapter.LoRAAdapter):
+            patches[target] = PeftDora(patches[target], magnitude)
     patched = model.clone()
     placed = set(patched.add_patches(patches, strength_model))
     if clip is not None:
@@ -118,8 +151,47 @@ def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: fl
     return patched, clip, unused
 
 
+class PeftDora(comfy.weight_adapter.LoRAAdapter):
+    """A LoRA after which each row of the weight is scaled to its magnitude, as peft's DoRA does.
+
+    The host's own `dora_scale` divides by the norms of the weight before the change, or by those of its columns.
+    """
+
+    def __init__(self, lora, magnitude: torch.Tensor):
+        super().__init__(lora.loaded_keys, lora.weights)
+        self.magnitude = magnitude
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        def here(tensor):
+            return comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
+
+        up, down, alpha = (*map(here, self.weights[:2]), self.weights[2])
+        scale = 1.0 if alpha is None else alpha / down.shape[0]
+        before = weight.to(intermediate_dtype)
+        after = before + scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        rows = (-1, *[1] * (weight.ndim - 1))
+        after *= (here(self.magnitude) / after.flatten(1).norm(dim=1)).reshape(rows)
+        weight += function((strength * (after - before)).to(weight.dtype))
+        return weight
+
+
 def _is_lora_key(key: str) -> bool:
     return key.startswith(("lora_", "lycoris_", "diffusion_model.")) or lora_key(key) is not None
+
+
+def _is_magnitude(key: str) -> bool:
+    found = lora_key(key)
+    return found is not None and found.role == "magnitude"
 
 
 def _module(key: str, key_map: dict) -> str:
@@ -138,27 +210,25 @@ def _adapters(path: Path) -> dict:
     adapters = lora_adapters(read_metadata(path))
     beside = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        adapters.setdefault("unet", {}).update(json.loads(beside.read_text(encoding="utf-8")))
+        adapters.setdefault("unet", {}).update(read_json(beside))
     return adapters
 
 
 def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, clip) -> None:
     """Raises ValueError where the LoRA's matrices do not fit the model's, or most of them have no place in it."""
-    for key, weight in lora.items():
-        up = key.replace(".lora_down.", ".lora_up.").replace(".lora_A.", ".lora_B.")
-        target = key_map[modules[key]] if modules[key] else None
-        # With a third matrix between the two (LoCon's lora_mid) their shapes say less; the host checks it.
-        if up == key or up not in lora or not isinstance(target, str) or key.replace("down", "mid") in lora:
+    for module, found in _shapes(lora).items():
+        target = key_map.get(module)
+        if not isinstance(target, str):
             continue
         owner = model.model if target.startswith("diffusion_model.") else clip.cond_stage_model
         wanted = comfy.utils.get_attr(owner, target).shape
-        found = (lora[up].shape[0], *weight.shape[1:])
-        if (found[0], weight[0].numel()) != (wanted[0], wanted[1:].numel()):
+        if found[0] != wanted[0] or found[1] not in (None, wanted[1:].numel()):
             raise ValueError(
-                f"{path}: this LoRA does not fit the model. {_families(lora, model)} At {modules[key]} it is for a "
-                f"weight of {list(found)}, expected {list(wanted)}. Choose a LoRA of the model's own family."
+                f"{path}: this LoRA does not fit the model. {_families(lora, model)} At {module} it is for a weight of "
+                f"{found[0]} x {found[1] or 'any'}, expected {wanted[0]} x {wanted[1:].numel()}. Choose a LoRA of the "
+                "model's own family."
             )
-    unet = [key for key in lora if ".lora_" in key and not key.startswith("lora_te")]
+    unet = [key for key in lora if any(mark in key for mark in MARKS) and not key.startswith("lora_te")]
     missing = [key for key in unet if not modules[key]]
     if len(missing) > len(unet) / 2:
         raise ValueError(
@@ -167,9 +237,47 @@ def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, c
         )
 
 
+def _shapes(lora: dict) -> dict[str, tuple[int, int | None]]:
+    """{module: rows and columns of the weight that its matrices make}, where they tell it; None: any columns.
+
+    A convolution's columns are all that makes one output channel.
+    """
+    parts: dict[str, dict] = {}
+    for key, weight in lora.items():
+        for role in ROLES:
+            if key.endswith(role) and weight.ndim >= 2:
+                parts.setdefault(key.removesuffix(role), {})[role.removeprefix(".")] = weight
+    shapes = {module: _made_of(part) for module, part in parts.items()}
+    return {module: shape for module, shape in shapes.items() if shape is not None}
+
+
+def _made_of(part: dict) -> tuple[int, int | None] | None:
+    def product(left: str, right: str) -> tuple[int, int] | None:
+        if left not in part or right not in part:
+            return None
+        return part[left].shape[0], part[right].shape[1:].numel()
+
+    def kronecker(name: str) -> tuple[int, int] | None:
+        return product(name, name) or product(f"{name}_a", f"{name}_b")
+
+    if part.keys() & {"lora_mid.weight", "hada_t1", "lokr_t2"}:  # with a third matrix their shapes say less
+        return None
+    if "oft_blocks" in part:
+        blocks = part["oft_blocks"].shape
+        return (blocks[0] * blocks[1], None) if len(blocks) == 3 else None
+    first, second = kronecker("lokr_w1"), kronecker("lokr_w2")
+    if first and second:
+        return first[0] * second[0], first[1] * second[1]
+    return (
+        product("lora_up.weight", "lora_down.weight")
+        or product("lora_B.weight", "lora_A.weight")
+        or product("hada_w1_a", "hada_w1_b")
+    )
+
+
 def _families(lora: dict, model) -> str:
     """One sentence: which family the LoRA is for and which the model is of, as far as can be told."""
-    width = next((weight.shape[1] for key, weight in lora.items() if CROSS_ATTENTION.search(key)), None)
+    width = next((shape[1] for module, shape in _shapes(lora).items() if CROSS_ATTENTION.search(module)), None)
     own = model.model.model_config.unet_config.get("context_dim")
     expected, found = (
         FAMILIES.get(size, f"a model with prompts {size} wide" if size else "a model of an unknown family")

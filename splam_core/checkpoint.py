@@ -124,31 +124,41 @@ def lora_to_kohya(
     Keys are those of a diffusers UNet or of its text encoders, each with or without "unet.", "text_encoder.",
     "text_encoder_2." or "base_model.model." in front. Each module gets an alpha, its weight being alpha/rank * up @
     down: the file's own, else the argument, else what `adapters` (see `lora_adapters`) says of its part, else its rank.
-    Bias deltas are `<module>.diff_b`. Raises ValueError for a key that is none of these.
+    Bias deltas are `<module>.diff_b`. Raises ValueError for a key that is none of these, and for peft's DoRA, whose
+    magnitudes (`lora_magnitudes`) the format cannot hold.
     """
-    parsed = {key: lora_key(key) for key in lora if not key.startswith(_HOST_LORA_PREFIXES)}
-    unknown = next((key for key, found in parsed.items() if found is None), None)
-    if unknown is not None:
+    parsed = _parsed(lora)
+    magnitude = next((key for key, found in parsed.items() if found.role == "magnitude"), None)
+    if magnitude is not None:
         raise ValueError(
-            f"LoRA: expected keys ending in lora_A.weight, lora_B.weight, alpha, diff or diff_b, found {unknown!r}."
+            f"LoRA: it is a DoRA of peft's ({magnitude!r}), whose magnitudes go with the norm of the changed weight; "
+            "kohya's names cannot say so, and programs that read them divide by other norms. Use it with SPLAM LoRA "
+            "Loader in ComfyUI, or merge it into its model with peft."
         )
-    two_encoders = any(found.part == "text_encoder_2" for found in parsed.values())
-    prefixes = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}
-    prefixes["text_encoder"] = "lora_te1_" if two_encoders else "lora_te_"
     # transformers 5 has no "text_model." in a CLIPTextModel's names, and diffusers' writer takes them as they are.
     kohya: StateDict = {
         re.sub("^(lora_te[12]?_)encoder_", r"\1text_model_encoder_", key): weight
         for key, weight in lora.items()
         if key not in parsed
     }
-    for key, found in parsed.items():
-        module = prefixes[found.part] + found.module.replace(".", "_")
+    for key, module in _kohya_modules(parsed).items():
+        found = parsed[key]
         kohya[f"{module}.{found.role}"] = lora[key]
         if found.role == "lora_down.weight":
             rank = lora[key].shape[0]
             chosen = alpha if alpha is not None else _alpha(found, rank, (adapters or {}).get(found.part, {}))
             kohya.setdefault(f"{module}.alpha", torch.tensor(float(chosen)))
     return kohya
+
+
+def lora_magnitudes(lora: Mapping[str, Tensor]) -> StateDict:
+    """{module under kohya's name: [C]} of peft's DoRA: the norms that the changed weight's rows are to have.
+
+    (Liu et al., DoRA; a convolution's row is all that makes one output channel.) Raises as `lora_to_kohya`.
+    """
+    parsed = _parsed(lora)
+    modules = _kohya_modules(parsed)
+    return {modules[key]: lora[key].flatten() for key, found in parsed.items() if found.role == "magnitude"}
 
 
 def lora_adapters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -280,6 +290,25 @@ def _require_name(path: Path, extensions: tuple[str, ...]) -> None:
         f"{path}: expected a .safetensors file, found {found}. Convert it to safetensors, or use the model's "
         ".safetensors download."
     )
+
+
+def _parsed(lora: Mapping[str, Tensor]) -> dict[str, LoraKey]:
+    """The keys of a LoRA that are not a host's own, read."""
+    parsed = {key: lora_key(key) for key in lora if not key.startswith(_HOST_LORA_PREFIXES)}
+    unknown = next((key for key, found in parsed.items() if found is None), None)
+    if unknown is not None:
+        raise ValueError(
+            f"LoRA: expected keys ending in lora_A.weight, lora_B.weight, alpha, diff or diff_b, found {unknown!r}."
+        )
+    return parsed
+
+
+def _kohya_modules(parsed: Mapping[str, LoraKey]) -> dict[str, str]:
+    """{key: its module's name in kohya's format}."""
+    two_encoders = any(found.part == "text_encoder_2" for found in parsed.values())
+    prefixes = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}
+    prefixes["text_encoder"] = "lora_te1_" if two_encoders else "lora_te_"
+    return {key: prefixes[found.part] + found.module.replace(".", "_") for key, found in parsed.items()}
 
 
 def _alpha(key: LoraKey, rank: int, adapter: Mapping[str, Any]) -> float:

@@ -62,6 +62,9 @@ _LORA_ROLES = {
     ".up.weight": "lora_up.weight",
     ".lora_down.weight": "lora_down.weight",
     ".lora_up.weight": "lora_up.weight",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
     ".alpha": "alpha",
     ".diff_b": "diff_b",
     ".diff": "diff",
@@ -137,7 +140,7 @@ class LoraKey:
 
     part: str  # "unet", "text_encoder" or "text_encoder_2"
     module: str  # diffusers' dotted name
-    role: str  # "lora_down.weight", "lora_up.weight", "alpha", "diff" or "diff_b"
+    role: str  # "lora_down.weight", "lora_up.weight", "magnitude" (DoRA), "alpha", "diff" or "diff_b"
 
 
 def lora_key(key: str) -> LoraKey | None:

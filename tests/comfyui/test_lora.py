@@ -25,11 +25,14 @@ EMBEDDINGS = ["time_emb_proj", "time_embedding.linear_1"]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
-def with_adapter(model, layers: list[str], alpha: float):
+def with_adapter(model, layers: list[str], alpha: float, dora: bool = False):
     """(a copy of the model with a random LoRA by peft, the LoRA under peft's names)."""
     torch.manual_seed(3)
-    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=layers, init_lora_weights=False)
+    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=layers, init_lora_weights=False, use_dora=dora)
     model = inject_adapter_in_model(config, copy.deepcopy(model)).eval()
+    for name, magnitude in model.named_parameters():
+        if "lora_magnitude_vector" in name:  # as if they had been trained
+            magnitude.data *= 1 + 0.3 * torch.randn(magnitude.shape)
     return model, {key: weight.clone() for key, weight in get_peft_model_state_dict(model).items()}
 
 
@@ -41,18 +44,19 @@ def trained(pipelines, comfyui):
     made = {}
 
     @torch.no_grad()
-    def make(alpha: float):
-        if alpha not in made:
-            unet, unet_lora = with_adapter(reference.unet, LAYERS + CONVOLUTIONS + EMBEDDINGS, alpha)
-            encoder, text_lora = with_adapter(reference.text_encoder, TEXT_LAYERS, alpha)
+    def make(alpha: float, dora: bool = False):
+        if (alpha, dora) not in made:
+            unet, unet_lora = with_adapter(reference.unet, LAYERS + CONVOLUTIONS + EMBEDDINGS, alpha, dora)
+            encoder, text_lora = with_adapter(reference.text_encoder, TEXT_LAYERS, alpha, dora)
             for layer in encoder.modules():
                 if hasattr(layer, "merge"):  # the host keeps its text encoder's weights in half precision
                     layer.merge()
                     layer.base_layer.weight.data = layer.base_layer.weight.half().float()
             embeds = encoder(torch.tensor([tokens + [49407] * (77 - len(tokens))]))[0]
             noise, fresh = node_noises((1, 4, 16, 16), SEED)
-            made[alpha] = few_step(unet, reference.scheduler_config, embeds, noise, fresh, 3), unet_lora, text_lora
-        return made[alpha]
+            latents = few_step(unet, reference.scheduler_config, embeds, noise, fresh, 3)
+            made[alpha, dora] = latents, unet_lora, text_lora
+        return made[alpha, dora]
 
     return make
 
@@ -110,6 +114,96 @@ def test_every_naming_is_diffusers_and_peft(naming, server, trained, sample):
     found, log = log_of(server, lambda: sample(put(server, f"{naming}.safetensors", weights)))
     assert relative_error(found, expected) < 1e-5
     assert "have no place" not in log and "lora key not loaded" not in log
+
+
+def test_dora_is_pefts(server, trained, sample):
+    """With its magnitudes, on linear layers, convolutions and the text encoder."""
+    expected, unet_lora, text_lora = trained(ALPHA, dora=True)
+    assert sum("magnitude" in key for key in (*unet_lora, *text_lora)) > 40
+    weights = {f"unet.{key}": weight for key, weight in unet_lora.items()}
+    text = {f"text_encoder.{key}": weight for key, weight in text_lora.items()}
+    adapter = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder")}
+    metadata = {"lora_adapter_metadata": json.dumps(adapter)}
+    name = put(server, "dora.safetensors", weights | text, metadata)
+    found, log = log_of(server, lambda: sample(name))
+    assert relative_error(found, expected) < 1e-5
+    assert "have no place" not in log
+    assert relative_error(trained(ALPHA)[0], expected) > 1e-2
+    assert not sample(name, strength_model=0.5).equal(found)
+    name = put(server, "dora-unet.safetensors", weights, metadata)
+    _, log = log_of(server, lambda: sample(name, clip=False))
+    assert "no CLIP is connected" not in log
+
+
+def lycoris(kind: str, shape: torch.Size) -> dict:
+    """A random change of a weight of this shape by LyCORIS' methods, in the names that the host reads."""
+    rows, columns = shape[0], shape[1:].numel()
+
+    def random(*size):
+        return torch.randn(size) * 0.2
+
+    if kind == "loha":
+        halves = {f"hada_w{n}_a": random(rows, RANK) for n in (1, 2)}
+        return halves | {f"hada_w{n}_b": random(RANK, columns) for n in (1, 2)} | {"alpha": torch.tensor(2.0)}
+    if kind == "lokr":
+        first, second = random(4, 4), random(rows // 4, columns // 4)
+        return {"lokr_w1": first, "lokr_w2_a": second[:, :RANK].clone(), "lokr_w2_b": random(RANK, columns // 4)}
+    if kind == "glora":
+        sizes = {"a1": (shape[1], RANK), "a2": (RANK, shape[1]), "b1": (rows, RANK), "b2": (RANK, columns)}
+        return {f"{name}.weight": random(*size) for name, size in sizes.items()}
+    return {"oft_blocks": random(rows // 8, 8, 8) * 0.3, "alpha": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "glora", "oft"])
+def test_lycoris_is_as_the_host_loads_it(kind, prefix, server, pipelines, sample):
+    torch.manual_seed(5)
+    unet, lora = pipelines.reference("plain").unet.state_dict(), {}
+    for key, weight in unet.items():
+        module = key.removesuffix(".weight")
+        if key.endswith(("to_q.weight", "to_v.weight", "ff.net.2.weight", "to_out.0.weight")):
+            parts = lycoris(kind, weight.shape)
+            lora |= {f"{prefix}{module.replace('.', '_')}.{role}": part for role, part in parts.items()}
+    name = put(server, f"{prefix}{kind}.safetensors", lora)
+    found, log = log_of(server, lambda: sample(name))
+    assert "have no place" not in log and "ERROR" not in log
+    graph = save_latent(text_to_image("diffusers/plain", PROMPT, seed=SEED, steps=3))
+    inputs = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0}
+    graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    graph["sampled"]["inputs"]["model"] = ["lora", 0]
+    (file,) = server.files(server.run(graph))
+    assert found.equal(load(file)["latent_tensor"] * 0.31)
+    assert relative_error(found, sample(name, strength_model=0.0)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
+def test_lycoris_of_another_family_is_refused(kind, server, sample):
+    """The host logs an error for each weight and draws without."""
+    parts = lycoris(kind, torch.Size((640, 2048)))
+    module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    put(server, f"wide-{kind}.safetensors", {f"{module}.{role}": part for role, part in parts.items()})
+    with pytest.raises(ServerError, match=rf"loras.wide-{kind}\.safetensors: this LoRA does not fit the model"):
+        sample(f"wide-{kind}.safetensors")
+
+
+def test_a_half_lora_is_one_clear_error(server, sample):
+    module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    put(
+        server,
+        "half.safetensors",
+        {f"{module}.hada_w1_a": torch.ones(128, 4), f"{module}.hada_w1_b": torch.ones(4, 64)},
+    )
+    with pytest.raises(
+        ServerError, match=r"loras.half\.safetensors: the host cannot read this LoRA; a part is missing"
+    ):
+        sample("half.safetensors")
+
+
+@pytest.mark.parametrize("name", ["other.sft", "other.SAFETENSORS"])
+def test_loras_under_the_other_names_of_safetensors(name, server, trained, sample):
+    expected, unet_lora, text_lora = trained(RANK)
+    weights = {f"unet.{k}": w for k, w in unet_lora.items()} | {f"text_encoder.{k}": w for k, w in text_lora.items()}
+    assert relative_error(sample(put(server, name, weights)), expected) < 1e-5
 
 
 def test_diffusers_reads_the_same_file_alike(server, trained, pipelines, tmp_path):

@@ -14,6 +14,7 @@ from splam_core import (
     load_file,
     load_files,
     lora_adapters,
+    lora_magnitudes,
     lora_to_kohya,
     read_metadata,
     save_file,
@@ -201,6 +202,17 @@ def test_lora_keys_equal_diffusers_kohya_writer(prefix):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key].to(found[key])) for key in expected)
     assert {w.item() for key, w in lora_to_kohya(weights, 16).items() if key.endswith(".alpha")} == {16.0}
+
+
+def test_a_dora_of_pefts_keeps_its_magnitudes_or_is_refused():
+    lora = {
+        "unet.mid_block.resnets.0.conv1.lora_magnitude_vector": torch.ones(1, 8, 1, 1),
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_magnitude_vector.weight": torch.ones(8),
+    }
+    modules = ["lora_unet_mid_block_resnets_0_conv1", "lora_te_text_model_encoder_layers_0_mlp_fc1"]
+    assert {module: tuple(w.shape) for module, w in lora_magnitudes(lora).items()} == dict.fromkeys(modules, (8,))
+    with pytest.raises(ValueError, match=r"a DoRA of peft's .'unet.mid_block.resnets.0.conv1.lora_magnitude_vector'"):
+        lora_to_kohya(lora)
 
 
 def test_a_folded_bias_travels_in_a_lora():
