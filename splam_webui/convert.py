@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from splam_core.checkpoint import (
     diffusers_to_ldm,
     fold_gamma,
     load_file,
+    load_files,
     lora_adapters,
     lora_to_kohya,
     read_metadata,
     save_file,
+    weight_files,
 )
+from splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
 from splam_core.text_encoders import text_encoders_to_ldm, text_family
 
 StateDict = dict[str, Tensor]
@@ -37,6 +40,14 @@ ARCHITECTURES = {
 }
 
 
+@dataclass(frozen=True)
+class Converted:
+    """The file that was written, and sentences that the user should read."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Source:
     """What was found: a UNet under LDM names, folded, and all else that goes into the file."""
@@ -44,6 +55,7 @@ class Source:
     unet: StateDict
     others: StateDict = field(default_factory=dict)  # VAE and text encoders under LDM names; empty: from the base
     configs: dict[str, dict] = field(default_factory=dict)  # part -> diffusers' configuration of it
+    parametrisation: Parametrisation = field(default_factory=Parametrisation)
 
 
 def convert(
@@ -56,8 +68,8 @@ def convert(
     embedded: str | float = "splam",
     overwrite: bool = False,
     progress: Progress = lambda fraction, text: None,
-) -> Path:
-    """Write `name`.safetensors into the folder `checkpoints`, or `loras` if the source is a LoRA; return its path.
+) -> Converted:
+    """Write `name`.safetensors into the folder `checkpoints`, or `loras` if the source is a LoRA.
 
     source: a diffusers pipeline folder, a UNet (folder or .safetensors file; then `base`, a single file of the same
     architecture, gives VAE and text encoder), a single file, or a LoRA. precision: a key of PRECISIONS.
@@ -67,8 +79,9 @@ def convert(
     resolve_target(name, checkpoints, overwrite=True)  # a bad name is told before minutes of reading
     progress(0.0, f"Reading {source.name}")
     weights = load_file(source) if source.is_file() else None
-    is_lora = any("lora_" in key or ".lora." in key for key in weights or {})
+    is_lora = any("lora_" in key or ".lora." in key or key.startswith("lycoris_") for key in weights or {})
     target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
+    notes = ()
     if is_lora:
         metadata = read_metadata(source)
         single = _with_zero_diff(_kohya(weights, metadata, source))
@@ -76,14 +89,19 @@ def convert(
         found = _read_file(source, weights, embedded) if weights is not None else _read_folder(source, embedded)
         progress(0.5, "Putting the parts together")
         single = {UNET_PREFIX + key: weight for key, weight in found.unet.items()}
-        single |= found.others or _from_base(base, single, source)
-        metadata = _metadata(found, target.stem, embedded)
-        if metadata["modelspec.prediction_type"] == "v" and any(".label_emb." in key for key in single):
-            single["v_pred"] = torch.zeros(0)  # by which Forge and reForge know an XL model of this kind
+        said = found.parametrisation
+        if not found.others:
+            found.others, of_base = _from_base(base, single, source)
+            said = said if said.prediction_type else of_base
+        single |= found.others
+        metadata = _metadata(found, said, target.stem, embedded)
+        # By which hosts know an XL model of this kind, and SPLAM Loader and trainer any.
+        single = {key: w for key, w in single.items() if key not in MARKS} | {key: torch.zeros(0) for key in said.keys}
+        notes = said.contradictions
     progress(0.7, f"Writing {target.name}")
     save_file({key: _cast(weight, dtype) for key, weight in single.items()}, target, metadata)
     progress(1.0, "Done")
-    return target
+    return Converted(target, notes)
 
 
 def resolve_target(name: str, folder: Path, overwrite: bool) -> Path:
@@ -118,15 +136,9 @@ def _read_folder(source: Path, embedded: str | float) -> Source:
 def load_weights(folder: Path) -> StateDict:
     """The weights of one part of a pipeline: one .safetensors file or several with their index."""
     for stem in WEIGHTS:
-        for file in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
-            if file.is_file():
-                return load_file(file)
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError(f"{index}: expected a weight_map of files beside it, found {names[:3]}.")
-            return {key: weight for name in names for key, weight in load_file(folder / name).items()}
+        files = weight_files(folder, stem)
+        if files:
+            return load_files(files)
     found = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else "no folder"
     raise FileNotFoundError(
         f"{folder}: expected {WEIGHTS[0]}.safetensors or {WEIGHTS[1]}.safetensors, found {found}. "
@@ -144,20 +156,30 @@ def _read_pipeline(folder: Path, embedded: str | float) -> Source:
         others |= text_encoders_to_ldm(texts, text_family(texts))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    unet = _fold_diffusers(load_weights(folder / "unet"), embedded, folder / "unet")
-    return Source(unet, others, configs)
+    weights = load_weights(folder / "unet")
+    said = _parametrisation(weights, {}, configs["scheduler"], folder)
+    return Source(_fold_diffusers(weights, embedded, folder / "unet"), others, configs, said)
 
 
 def _read_file(file: Path, weights: StateDict, embedded: str | float) -> Source:
     metadata = read_metadata(file)
     configs = {key.removeprefix("splam."): value for key, value in metadata.items() if key.startswith("splam.")}
     configs = {key: json.loads(value) for key, value in configs.items() if value.startswith("{")}
+    said = _parametrisation(weights, metadata, configs.get("scheduler"), file)
     if any(key.startswith(UNET_PREFIX) for key in weights):
         folded = _fold(weights, embedded, file)
         others = {key: weight for key, weight in folded.items() if not key.startswith(UNET_PREFIX)}
         unet = {key.removeprefix(UNET_PREFIX): weight for key, weight in folded.items() if key not in others}
-        return Source(unet, others, configs)
-    return Source(_fold_diffusers(weights, embedded, file), configs=configs)
+        return Source(unet, others, configs, said)
+    weights = {key: weight for key, weight in weights.items() if key not in MARKS}
+    return Source(_fold_diffusers(weights, embedded, file), configs=configs, parametrisation=said)
+
+
+def _parametrisation(keys: Iterable[str], metadata: dict, scheduler: dict | None, path: Path) -> Parametrisation:
+    try:
+        return parametrisation_of(keys, metadata, scheduler)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _fold_diffusers(weights: StateDict, embedded: str | float, path: Path) -> StateDict:
@@ -183,14 +205,15 @@ def _fold(weights: StateDict, embedded: str | float, path: Path) -> StateDict:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _from_base(base: Path | None, unet: StateDict, source: Path) -> StateDict:
-    """VAE and text encoders of a single file whose UNet has the shapes of `unet`."""
+def _from_base(base: Path | None, unet: StateDict, source: Path) -> tuple[StateDict, Parametrisation]:
+    """VAE and text encoders of a single file whose UNet has the shapes of `unet`, and what it says that it predicts."""
     if base is None:
         raise ValueError(
             f"{source}: expected also a VAE and text encoder, found a UNet alone. Choose a base checkpoint, the one it "
             "was distilled from or any other of the same family, to take them from."
         )
-    weights = load_file(base)
+    weights, metadata = load_file(base), read_metadata(base)
+    scheduler = json.loads(metadata["splam.scheduler"]) if "splam.scheduler" in metadata else None
     others = {key: weight for key, weight in weights.items() if not key.startswith(UNET_PREFIX)}
     theirs = {key: tuple(w.shape) for key, w in weights.items() if key not in others}
     ours = {key: tuple(w.shape) for key, w in unet.items()}
@@ -201,24 +224,29 @@ def _from_base(base: Path | None, unet: StateDict, source: Path) -> StateDict:
             f"{base.name} is of another family than {source.name}: {len(differing)} UNet weights differ in shape, such "
             f"as {key}, {theirs.get(key)} and {ours.get(key)}. Choose a base checkpoint of the same family."
         )
-    return others
+    return others, _parametrisation(weights, metadata, scheduler, base)
 
 
-def _metadata(source: Source, title: str, embedded: str | float) -> dict[str, str]:
-    """ModelSpec metadata, and the parts' configurations, since shapes do not tell everything."""
+def _metadata(source: Source, said: Parametrisation, title: str, embedded: str | float) -> dict[str, str]:
+    """ModelSpec metadata, and the parts' configurations, since shapes do not tell everything.
+
+    Of an SD2.x that does not say what it predicts nothing is said: hosts know its kinds by their weights.
+    """
     context = next((w.shape[1] for key, w in source.unet.items() if key.endswith("attn2.to_k.weight")), 768)
     family = "sdxl" if any(key.startswith("label_emb.") for key in source.unet) else "sd2" if context == 1024 else "sd1"
-    prediction = source.configs.get("scheduler", {}).get("prediction_type", "epsilon")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURES[family],
         "modelspec.implementation": "sgm",
         "modelspec.title": title,
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "splam.method": "splam" if embedded == "splam" else "lcm",
     }
+    if said.prediction_type or family != "sd2":
+        metadata["modelspec.prediction_type"] = "v" if said.prediction_type == "v_prediction" else "epsilon"
     for part, config in source.configs.items():
         kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+        if part == "scheduler" and said.prediction_type:
+            kept["prediction_type"] = said.prediction_type
         if part == "unet":
             kept["time_cond_proj_dim"] = None  # folded
         metadata[f"splam.{part}"] = json.dumps(kept)

@@ -60,7 +60,7 @@ def base_choices() -> list[str]:
 def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress()) -> str:  # noqa: B008 (gradio's way)
     """The button: converts and says what came of it, in one sentence, whatever happens to the files."""
     try:
-        target = convert(
+        made = convert(
             readable(source),
             name,
             checkpoints=Path(sd_models.model_path),
@@ -74,8 +74,9 @@ def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress
     except (ValueError, OSError, KeyError) as error:
         return f"Not converted. {error}"
     shared.refresh_checkpoints()
-    where = "checkpoints" if target.parent == Path(sd_models.model_path) else "LoRAs"
-    return f"Wrote {target}. It is among the {where}; press the refresh button of that list to see it."
+    where = "checkpoints" if made.path.parent == Path(sd_models.model_path) else "LoRAs"
+    wrote = f"Wrote {made.path}. It is among the {where}; press the refresh button of that list to see it."
+    return " ".join([wrote, *(f"Of the source: {note}" for note in made.notes)])
 
 
 def readable(source: str) -> Path:

@@ -18,7 +18,7 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from splam_core import read_metadata
+from splam_core import parametrisation_of, read_metadata
 
 from .conftest import started
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.webui
 CLIP = {"num_hidden_layers": 2, "vocab_size": 60, "max_position_embeddings": 8}
 WIDTHS = {"sd1": (64,), "sd2": (1024,), "sdxl": (64, 64)}  # of the text encoders; 2.x is told by its width
 PREFIX = "model.diffusion_model."
+SD_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def make_pipeline(folder, family="sd1", prediction_type="epsilon"):
     template, *parts = pipeline_template(family)
     shutil.copytree(template, folder)
     settings = {"_class_name": "LCMScheduler", "prediction_type": prediction_type, "_name_or_path": "/home/me"}
+    settings |= SD_SCHEDULER
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
     return parts
@@ -181,6 +183,100 @@ def test_metadata_and_progress(web, tmp_path):
     assert all(text for _, text in web.reports)
 
 
+def converted(web, tmp_path, family="sdxl"):
+    """The weights and metadata of a single file that the tab made, to be changed and converted again."""
+    make_pipeline(tmp_path / "model", family)
+    web.press(tmp_path / "model", "first")
+    return safetensors.torch.load_file(web.folder / "first.safetensors")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    "keys, metadata, prediction, notes",
+    [
+        ([], {}, "epsilon", 0),
+        (["v_pred"], {}, "v", 0),
+        (["v_pred", "ztsnr"], {}, "v", 0),
+        ([], {"modelspec.predict_key": "v"}, "v", 0),
+        (["v_pred"], {"modelspec.prediction_type": "epsilon"}, "v", 1),
+        (["v_pred", "ztsnr"], {"splam.scheduler": json.dumps(SD_SCHEDULER)}, "v", 1),
+    ],
+)
+def test_what_a_file_says_that_it_predicts_stays(web, tmp_path, keys, metadata, prediction, notes, family):
+    weights = converted(web, tmp_path, family)
+    safetensors.torch.save_file(weights | {key: torch.zeros(0) for key in keys}, tmp_path / "v.safetensors", metadata)
+    message = web.press(tmp_path / "v.safetensors")
+    assert message.startswith("Wrote") and message.count("the first is believed") == notes
+    file = web.folder / "made.safetensors"
+    made, said = safetensors.torch.load_file(file), read_metadata(file)
+    assert {"v_pred", "ztsnr"} & made.keys() == set(keys) or (prediction == "v" and "v_pred" in made and not keys)
+    assert said["modelspec.prediction_type"] == prediction
+    again = parametrisation_of(made, said, json.loads(said["splam.scheduler"]) if "splam.scheduler" in said else None)
+    assert again.contradictions == () and (again.prediction_type == "v_prediction") == (prediction == "v")
+
+
+def test_an_sd2_that_does_not_say_is_left_to_the_hosts(web, tmp_path):
+    safetensors.torch.save_file(converted(web, tmp_path, "sd2"), tmp_path / "mute.safetensors")
+    web.press(tmp_path / "mute.safetensors")
+    assert "modelspec.prediction_type" not in read_metadata(web.folder / "made.safetensors")
+
+
+def test_a_folder_of_zero_terminal_snr_becomes_the_keys(web, tmp_path):
+    make_pipeline(tmp_path / "model", "sdxl", "v_prediction")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    web.press(tmp_path / "model")
+    assert {"v_pred", "ztsnr"} < safetensors.torch.load_file(web.folder / "made.safetensors").keys()
+
+
+def test_a_unet_that_does_not_say_predicts_what_its_base_does(web, tmp_path):
+    make_pipeline(tmp_path / "base", "sdxl", "v_prediction")
+    web.press(tmp_path / "base", "base")
+    web.press(tmp_path / "base" / "unet", base="base.safetensors")
+    assert read_metadata(web.folder / "made.safetensors")["modelspec.prediction_type"] == "v"
+    assert "v_pred" in safetensors.torch.load_file(web.folder / "made.safetensors")
+
+
+def test_an_edm_model_is_refused(web, tmp_path):
+    weights = converted(web, tmp_path) | {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    safetensors.torch.save_file(weights, tmp_path / "edm.safetensors")
+    message = web.press(tmp_path / "edm.safetensors")
+    assert message.startswith("Not converted. ") and "continuous noise levels (EDM" in message
+
+
+def scaled_fp8(weights, factor_name):
+    """The matrices of a UNet as fp8 codes, each with a factor beside it; the others as they are."""
+    scaled = {}
+    for key, weight in weights.items():
+        if not key.startswith(PREFIX) or weight.ndim != 2:
+            scaled[key] = weight
+            continue
+        factor = weight.abs().max() / 400
+        scaled[key] = (weight / factor).to(torch.float8_e4m3fn)
+        scaled[key.removesuffix("weight") + factor_name] = factor
+    return scaled | {f"{PREFIX}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+
+
+@pytest.mark.parametrize("factor_name", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("where", ["source", "base"])
+def test_scaled_fp8_is_multiplied_out(web, tmp_path, factor_name, where):
+    weights = converted(web, tmp_path, "sd1")
+    scaled = scaled_fp8(weights, factor_name)
+    assert any(weight.dtype == torch.float8_e4m3fn for weight in scaled.values())
+    if where == "base":
+        safetensors.torch.save_file(scaled, web.folder / "base.safetensors")
+        web.shared.refresh_checkpoints()
+        message = web.press(tmp_path / "model" / "unet", base="base.safetensors")
+    else:
+        safetensors.torch.save_file(scaled, tmp_path / "scaled.safetensors")
+        message = web.press(tmp_path / "scaled.safetensors")
+    assert message.startswith("Wrote"), message
+    made = safetensors.torch.load_file(web.folder / "made.safetensors")
+    assert made.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert (made[key] - weight).abs().max() <= 0.07 * weight.abs().max(), key
+
+
 def test_the_result_is_in_the_hosts_list_and_a_base_to_choose(web, tmp_path):
     make_pipeline(tmp_path / "model")
     web.press(tmp_path / "model")
@@ -248,6 +344,34 @@ def test_weights_in_several_files(web, tmp_path):
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
     web.press(tmp_path / "model")
     assert_folded(web.folder / "made.safetensors", unet)
+
+
+def test_the_fp16_variants_shards(web, tmp_path):
+    """The index is diffusion_pytorch_model.safetensors.index.fp16.json."""
+    unet, _, _ = make_pipeline(tmp_path / "model")
+    for file in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        file.unlink()
+    half = copy.deepcopy(unet).half()
+    half.save_pretrained(tmp_path / "model" / "unet", max_shard_size="200KB", variant="fp16")
+    assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > 1
+    web.press(tmp_path / "model")
+    assert_folded(web.folder / "made.safetensors", half.float())
+
+
+@pytest.mark.parametrize("name", ["file.sft", "file.SAFETENSORS"])
+def test_a_source_under_the_other_names_of_safetensors(web, tmp_path, name):
+    safetensors.torch.save_file(converted(web, tmp_path, "sd1"), tmp_path / name)
+    assert web.press(tmp_path / name).startswith("Wrote")
+
+
+def test_lycoris_passes_and_a_dora_of_pefts_is_refused(web, tmp_path):
+    loha = {"lycoris_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(4, 2)}
+    safetensors.torch.save_file(loha, tmp_path / "loha.safetensors")
+    assert web.press(tmp_path / "loha.safetensors").startswith("Wrote")
+    assert safetensors.torch.load_file(web.models / "Lora" / "made.safetensors").keys() == loha.keys()
+    dora = {"unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": torch.ones(4)}
+    safetensors.torch.save_file(dora, tmp_path / "dora.safetensors")
+    assert "a DoRA of peft's" in web.press(tmp_path / "dora.safetensors", "other")
 
 
 def test_lora_gets_the_names_and_the_zero_diff_that_hosts_need(web, tmp_path):
