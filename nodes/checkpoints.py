@@ -24,6 +24,7 @@ from ..splam_core.checkpoint import (
     fold_gamma,
     is_safetensors,
     load_files,
+    not_finite,
     read_metadata,
     weight_files,
 )
@@ -72,6 +73,11 @@ def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
     read = read_pipeline if location.is_pipeline else read_unet_or_file
     checkpoint = read(location, embedded_guidance)
     try:
+        if broken := not_finite(checkpoint.unet):
+            raise ValueError(
+                f"the UNet's weight {broken} holds NaN or infinite values, and every picture would. The file is "
+                "damaged, or a merge or training that made it went wrong: fetch it again, or take another."
+            )
         model, clip, vae = build(checkpoint)
         model = with_schedule(model, checkpoint)
     except ValueError as error:
@@ -117,8 +123,8 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
     """A UNet folder, a UNet file under either naming, or a single file with UNet, VAE and text encoder."""
     (files,) = _weight_groups(location)
     path, metadata, weights = files[0], read_metadata(files[0]), load_files(files)
-    configs = {part: json.loads(metadata[f"splam.{part}"]) for part in PARTS if f"splam.{part}" in metadata}
     try:
+        configs = _configs(metadata)
         parametrisation = parametrisation_of(weights, metadata, configs.get("scheduler"))
         weights, gamma = fold(weights, metadata, embedded_guidance)
     except ValueError as error:
@@ -246,6 +252,19 @@ def _weights_in(folder: Path, stem: str) -> list[Path]:
     )
 
 
+def _configs(metadata: dict) -> dict:
+    """The parts' configurations in a file's metadata. Raises ValueError where one is no JSON object."""
+    found = {part: metadata[f"splam.{part}"] for part in PARTS if f"splam.{part}" in metadata}
+    for part, text in found.items():
+        try:
+            found[part] = json.loads(text)
+        except (ValueError, RecursionError):
+            found[part] = None
+        if not isinstance(found[part], dict):
+            raise ValueError(f"its metadata splam.{part} is no JSON object. Fetch the file again, or convert it again.")
+    return found
+
+
 def _names_few_step(configs: dict, metadata: dict) -> bool:
     return configs.get("scheduler", {}).get("_class_name") == "LCMScheduler" or "splam.method" in metadata
 
@@ -266,6 +285,13 @@ def _warnings(checkpoint: Checkpoint, clip, vae) -> list[str]:
             f"SPLAM Loader: {name} has no {' and no '.join(lacking)}; take {'them' if len(lacking) > 1 else 'it'} from "
             "Load CLIP, Load VAE or Load Checkpoint."
         )
+    encoders = [(f"text encoder {number}", encoder) for number, encoder in enumerate(checkpoint.text_encoders or [], 1)]
+    for part, weights in (("VAE", checkpoint.vae or {}), *encoders):
+        if broken := not_finite(weights):
+            warnings.append(
+                f"SPLAM Loader: {name}: {broken} of its {part} holds NaN or infinite values, so that its "
+                f"{'pictures' if part == 'VAE' else 'prompts'} will be broken; take that part from another file."
+            )
     unet_config = checkpoint.configs.get("unet", {})
     if not unet_config and checkpoint.unet["input_blocks.0.0.weight"].shape[0] != 320:
         warnings.append(

@@ -17,6 +17,7 @@ from ..splam_core.checkpoint import (
     lora_adapters,
     lora_magnitudes,
     lora_to_kohya,
+    not_finite,
     read_metadata,
 )
 from ..splam_core.keys import lora_key
@@ -120,6 +121,8 @@ def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: fl
             f"{path}: expected a LoRA (keys ending in lora_A.weight or lora_down.weight, or those of LoHa, LoKr, GLoRA "
             f"and OFT in kohya's names), found {found}."
         )
+    if broken := not_finite(known):
+        raise ValueError(f"{path}: {broken} holds NaN or infinite values. The file is damaged, or its training failed.")
     magnitudes = lora_magnitudes(known)
     lora = lora_to_kohya({k: w for k, w in known.items() if not _is_magnitude(k)}, adapters=_adapters(path))
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})

@@ -54,8 +54,10 @@ def text_encoders_to_ldm(encoders: Sequence[Mapping[str, Tensor]], family: str) 
 def text_encoder_from_ldm(weights: Mapping[str, Tensor], prefix: str, open_clip: bool) -> dict[str, Tensor]:
     """A text encoder of a single file, at one of its family's PLACES, under transformers' names without "text_model.".
 
-    Empty if the file has none there.
+    Old files of SD1.x leave "text_model." out of CLIP's keys. Empty if the file has none there.
     """
+    if not any(key.startswith(prefix) for key in weights):
+        prefix = prefix.removesuffix("text_model.")
     found = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
     found = {key: weight for key, weight in found.items() if not key.endswith("position_ids")}
     return from_open_clip(found) if open_clip else found

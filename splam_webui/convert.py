@@ -19,6 +19,7 @@ from splam_core.checkpoint import (
     load_files,
     lora_adapters,
     lora_to_kohya,
+    not_finite,
     read_metadata,
     save_file,
     weight_files,
@@ -98,8 +99,14 @@ def convert(
         # By which hosts know an XL model of this kind, and SPLAM Loader and trainer any.
         single = {key: w for key, w in single.items() if key not in MARKS} | {key: torch.zeros(0) for key in said.keys}
         notes = said.contradictions
+    single = {key: _cast(weight, dtype) for key, weight in single.items()}
+    if broken := not_finite(single):
+        raise ValueError(
+            f"{source}: {broken} holds NaN or infinite values at {precision}. If it does so at fp32 too the file is "
+            "damaged: fetch it again."
+        )
     progress(0.7, f"Writing {target.name}")
-    save_file({key: _cast(weight, dtype) for key, weight in single.items()}, target, metadata)
+    save_file(single, target, metadata)
     progress(1.0, "Done")
     return Converted(target, notes)
 

@@ -64,7 +64,7 @@ def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress
             readable(source),
             name,
             checkpoints=Path(sd_models.model_path),
-            loras=Path(getattr(shared.cmd_opts, "lora_dir", None) or Path(models_path) / "Lora"),
+            loras=lora_folder(),
             base=None if base in (None, NO_BASE) else Path(sd_models.checkpoints_list[base].filename),
             precision=precision,
             embedded=EMBEDDED[embedded],
@@ -72,11 +72,25 @@ def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress
             progress=lambda fraction, text: progress(fraction, desc=text),
         )
     except (ValueError, OSError, KeyError) as error:
-        return f"Not converted. {error}"
+        return in_host_names(f"Not converted. {error}")
     shared.refresh_checkpoints()
     where = "checkpoints" if made.path.parent == Path(sd_models.model_path) else "LoRAs"
     wrote = f"Wrote {made.path}. It is among the {where}; press the refresh button of that list to see it."
-    return " ".join([wrote, *(f"Of the source: {note}" for note in made.notes)])
+    return in_host_names(" ".join([wrote, *(f"Of the source: {note}" for note in made.notes)]))
+
+
+def lora_folder() -> Path:
+    return Path(getattr(shared.cmd_opts, "lora_dir", None) or Path(models_path) / "Lora")
+
+
+def in_host_names(text: str) -> str:
+    """The text with the program's folders in place of their paths: whoever sees the page reads it."""
+    folders = {Path(models_path): "models", Path(sd_models.model_path): "models/Stable-diffusion"}
+    folders[lora_folder()] = "models/Lora"
+    known = {str(path): name for folder, name in folders.items() for path in (folder, folder.resolve())}
+    for path in sorted(known, key=len, reverse=True):
+        text = text.replace(path, known[path])
+    return text
 
 
 def readable(source: str) -> Path:

@@ -69,7 +69,16 @@ def bad_files(server, pipelines):
     missing = {key: weight for key, weight in unet.items() if "mid_block.resnets.1.conv2" not in key}
     save_file(missing, models / "diffusion_models" / "no-middle.safetensors")
     save_file({**unet, "surprise.weight": torch.ones(1)}, models / "diffusion_models" / "surprise.safetensors")
+    save_file(
+        unet | {"conv_in.bias": unet["conv_in.bias"] * torch.nan}, models / "diffusion_models" / "nan.safetensors"
+    )
+    metadata = {"splam.scheduler": "[]"}
+    save_file(unet, models / "diffusion_models" / "bad-metadata.safetensors", metadata)
     save_file({"mystery": torch.ones(1)}, models / "loras" / "mystery.safetensors")
+    down = {"lora_unet_conv_in.lora_down.weight": torch.full((1, 4, 3, 3), torch.inf)}
+    save_file(
+        down | {"lora_unet_conv_in.lora_up.weight": torch.ones(64, 1, 1, 1)}, models / "loras" / "inf.safetensors"
+    )
     (models / "loras" / "cut.safetensors").write_bytes(whole[:1000])
     pickled, no_json, bad_json = (pipelines.folder / f"bad-{name}" for name in ("pickled", "no-json", "bad-json"))
     for folder in (pickled, no_json, bad_json):
@@ -93,6 +102,8 @@ BAD_FILES = {
     "lora.safetensors": r"lora\.safetensors: expected .* found a LoRA: use SPLAM LoRA Loader",
     "diffusion_models/no-middle.safetensors": r"no-middle\.safetensors: the UNet lacks 2 of \d+ weights",
     "diffusion_models/surprise.safetensors": r"surprise\.safetensors: UNet: the key 'surprise\.weight' has no",
+    "diffusion_models/nan.safetensors": r"diffusion_models.nan\.safetensors: .* input_blocks.* holds NaN",
+    "diffusion_models/bad-metadata.safetensors": r"bad-metadata\.safetensors: its metadata splam\.scheduler is no JSON",
     "diffusers/bad-pickled": r"bad-pickled.unet: expected diffusion_pytorch_model\.safetensors, found .*\.bin",
     "diffusers/bad-no-json": r"scheduler_config\.json: missing\. Copy the whole diffusers folder",
     "diffusers/bad-bad-json": r"vae.config\.json: expected JSON, found something else",
@@ -111,6 +122,7 @@ BAD_LORAS = {
     "absent.safetensors": r"there is no LoRA 'absent\.safetensors'",
     "old.pt": r"'old\.pt' is a pickle, which can run code when opened",
     "cut.safetensors": r"cut\.safetensors: expected a safetensors file, found 1000 bytes",
+    "inf.safetensors": r"loras.inf\.safetensors: lora_unet_conv_in\.lora_down\.weight holds NaN or infinite values",
     "mystery.safetensors": r"mystery\.safetensors: expected a LoRA .*found keys like mystery",
 }
 

@@ -16,10 +16,12 @@ from splam_core import (
     lora_adapters,
     lora_magnitudes,
     lora_to_kohya,
+    not_finite,
     read_metadata,
     save_file,
     weight_files,
 )
+from splam_core.text_encoders import PLACES, text_encoder_from_ldm
 
 pytestmark = pytest.mark.core
 diffusers = pytest.importorskip("diffusers")
@@ -173,6 +175,23 @@ def test_text_encoders_of_either_transformers_generation(make_unet):
     single = diffusers_to_ldm(unet, None, bare)
     assert_same_weights(ldm_to_diffusers(single)[2], prefixed)
     assert_same_weights(ldm_to_diffusers(single, text_prefix="")[2], bare)
+
+
+def test_clip_under_its_old_names_without_text_model(make_unet):
+    clip = {key.removeprefix("text_model."): weight for key, weight in make_clip().state_dict().items()}
+    old = {"cond_stage_model.transformer." + key: weight for key, weight in clip.items()}
+    found = text_encoder_from_ldm(diffusers_to_ldm(make_unet().state_dict()) | old, *PLACES["sd1"][0])
+    assert_same_weights(found, {key: weight for key, weight in clip.items() if not key.endswith("position_ids")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_numbers_that_are_none_are_found(dtype):
+    good = {"empty": torch.zeros(0, dtype=dtype), "good": torch.randn(3, 4).to(dtype), "count": torch.tensor(3)}
+    assert not_finite(good) is None
+    for value in (torch.nan,) if dtype.itemsize == 1 else (torch.nan, torch.inf, -torch.inf):
+        bad = torch.randn(3, 4)
+        bad[1, 2] = value
+        assert not_finite(good | {"bad": bad.to(dtype)}) == "bad"
 
 
 def test_what_published_files_carry_besides_is_left_out(make_unet):

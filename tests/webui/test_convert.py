@@ -4,6 +4,7 @@ import atexit
 import copy
 import functools
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -146,8 +147,8 @@ def assert_folded(file, original, guidance=1.0):
 def test_pipeline_folder(web, tmp_path, family):
     unet, vae, encoders = make_pipeline(tmp_path / "model", family)
     message = web.press(tmp_path / "model")
+    assert message.startswith(f"Wrote models/Stable-diffusion{os.sep}made.safetensors")
     file = web.folder / "made.safetensors"
-    assert message.startswith(f"Wrote {file}")
     assert_folded(file, unet)
     weights = safetensors.torch.load_file(file)
     back = single_file_utils.convert_ldm_vae_checkpoint(dict(weights), vae.config)
@@ -235,6 +236,16 @@ def test_a_unet_that_does_not_say_predicts_what_its_base_does(web, tmp_path):
     web.press(tmp_path / "base" / "unet", base="base.safetensors")
     assert read_metadata(web.folder / "made.safetensors")["modelspec.prediction_type"] == "v"
     assert "v_pred" in safetensors.torch.load_file(web.folder / "made.safetensors")
+
+
+def test_numbers_that_are_none_are_refused_by_name(web, tmp_path):
+    weights = converted(web, tmp_path, "sd1")
+    weights[f"{PREFIX}out.2.weight"][0, 0, 0, 0] = 1e6  # too large for fp16
+    safetensors.torch.save_file(weights, tmp_path / "large.safetensors")
+    message = web.press(tmp_path / "large.safetensors", precision="fp16")
+    assert message.startswith("Not converted. ") and f"{PREFIX}out.2.weight holds NaN or infinite" in message
+    assert not (web.folder / "made.safetensors").exists()
+    assert web.press(tmp_path / "large.safetensors", precision="fp32").startswith("Wrote")
 
 
 def test_an_edm_model_is_refused(web, tmp_path):
@@ -386,8 +397,8 @@ def test_lora_gets_the_names_and_the_zero_diff_that_hosts_need(web, tmp_path):
     }
     safetensors.torch.save_file(lora, tmp_path / "lora.safetensors")
     message = web.press(tmp_path / "lora.safetensors")
+    assert message.startswith(f"Wrote models/Lora{os.sep}made.safetensors")
     file = web.models / "Lora" / "made.safetensors"
-    assert message.startswith(f"Wrote {file}")
     made = safetensors.torch.load_file(file)
     name = "lora_unet_" + module.replace(".", "_")
     assert torch.equal(made[f"{name}.lora_down.weight"], down)
@@ -413,7 +424,7 @@ def test_nothing_is_overwritten_without_asking(web, tmp_path):
     file = web.folder / "made.safetensors"
     file.write_bytes(b"mine")
     message = web.press(tmp_path / "model")
-    assert f"{file} exists" in message
+    assert f"models/Stable-diffusion{os.sep}made.safetensors exists" in message and str(web.models) not in message
     assert file.read_bytes() == b"mine"
     assert web.press(tmp_path / "model", overwrite=True).startswith("Wrote")
 
