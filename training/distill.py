@@ -25,11 +25,12 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from training.run.config import Config, parse
+from training.run.identity import check_folder
 from training.run.loop import Distillation, Progress
 from training.run.measure import measure
 from training.run.networks import load_teacher
 from training.run.plan import describe, plan
-from training.run.processes import join_processes
+from training.run.processes import join_processes, on_main
 from training.run.publish import finish
 from training.run.report import (
     Sheets,
@@ -44,14 +45,17 @@ from training.run.validation import Score
 def distill(config: Config) -> None:
     """Train, show and export. Raises what the parts raise, each with one clear message."""
     accelerator = join_processes(config.mixed_precision)
+    on_main(accelerator, lambda: check_folder(config.output_dir, config.resume_from_checkpoint))
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     pipeline = load_teacher(config, accelerator.device)
     run = Distillation(config, pipeline, accelerator)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if config.resume_from_checkpoint:
-        folder = run.resume(config.resume_from_checkpoint)
+        folder, changed = run.resume(config.resume_from_checkpoint)
         accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir} yet: starting anew")
+        for one in changed:
+            accelerator.print(f"changed since: {one}")
     accelerator.print(f"data: {run.data.describe()}")
     if accelerator.is_main_process:
         (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from training.run.checkpoints import CheckpointError, checkpoints, latest_checkpoint
+from training.run.checkpoints import (
+    CheckpointError,
+    finish_folder,
+    latest_checkpoint,
+    load_objects,
+    read_checkpoint,
+    start_folder,
+    write_objects,
+)
+from training.run.identity import weights_digest
 from training.run.loop import EXPLOSION, WINDOW, Distillation
+from training.run.sharding import OptimizerState
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -63,7 +75,7 @@ def test_a_full_disk_says_so_and_keeps_the_last(small, tiny_pipeline, tmp_path, 
         real(state, file)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"the disk is full .* last good checkpoint is .*checkpoint-1\b"):
         small(tiny_pipeline, tmp_path, 3, "--checkpointing-steps", 2, "--resume-from-checkpoint", "latest")
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -102,3 +114,155 @@ def test_old_checkpoints_go_and_the_best_stays(small, tiny_pipeline, tmp_path):
 def test_what_is_no_checkpoint_is_refused(small, tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint: expected state"):
         small(tiny_pipeline, tmp_path, 1, "--resume-from-checkpoint", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def begun(small, tiny_pipeline, tmp_path_factory):
+    """A run of one step, full and LoRA: their folders."""
+    folder = tmp_path_factory.mktemp("begun")
+    small(tiny_pipeline, folder / "full", 1)
+    small(tiny_pipeline, folder / "lora", 1, "--lora", "--lora-rank", 4)
+    return folder
+
+
+def state_of(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "named"),
+    [
+        ("full", ["--method", "lcm"], "--method splam -> lcm"),
+        ("full", ["--guidance-scale", "5"], "--guidance-scale 3.0 -> 5.0"),
+        ("full", ["--seed", "7"], "--seed 0 -> 7"),
+        ("full", ["--skip", "100"], "--skip 150 -> 100"),
+        ("full", ["--solver", "ddim"], "--solver dpm-solver"),
+        ("full", ["--recipe", "paper"], "--gamma-conditioning noise-level -> embedding"),
+        ("full", ["--optimizer", "adafactor"], "--optimizer adamw -> adafactor"),
+        ("full", ["--lora"], "--lora False -> True"),
+        ("full", ["--release-decay", "0"], "release: this run has none"),
+        ("lora", ["--lora", "--lora-rank", "4", "--lora-alpha", "64"], "--lora-alpha None -> 64"),
+        ("lora", ["--lora", "--lora-rank", "8"], "--lora-rank 4 -> 8"),
+    ],
+)
+def test_another_run_is_not_taken_up(small, tiny_pipeline, begun, tmp_path, kind, more, named):
+    checkpoint = begun / kind / "checkpoint-1"
+    with pytest.raises(ValueError, match=f"checkpoint-1 does not fit this run: .*{named}"):
+        small(tiny_pipeline, tmp_path / "out", 2, *more, "--resume-from-checkpoint", checkpoint)
+
+
+def test_a_teacher_is_known_by_its_weights_not_by_its_path(small, tiny_pipeline, begun, tmp_path):
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(tiny_pipeline, moved)
+    shutil.copytree(tiny_pipeline, other)
+    weights = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"][0] += 1e-3
+    save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    resume = ("--resume-from-checkpoint", begun / "full" / "checkpoint-1")
+    small(moved, tmp_path / "out", 2, *resume)
+    with pytest.raises(ValueError, match=r"its teacher has other weights .* than --teacher .*other"):
+        small(other, tmp_path / "another", 2, *resume)
+    value = {"a": torch.tensor([1.0, 1.001])}
+    assert weights_digest(value, torch.float32) != weights_digest({"a": value["a"].bfloat16()}, torch.float32)
+    assert weights_digest(value, torch.bfloat16) == weights_digest({"a": value["a"].bfloat16()}, torch.bfloat16)
+
+
+def test_what_may_change_is_taken_and_said(small, tiny_pipeline, begun, tmp_path, capsys):
+    changed = ("--learning-rate", "1e-4", "--weight-decay", "0.25", "--adam-beta1", "0.5", "--checkpointing-steps", 7)
+    small(tiny_pipeline, tmp_path, 2, *changed, "--resume-from-checkpoint", begun / "full" / "checkpoint-1")
+    said = capsys.readouterr().out
+    for text in (
+        "--max-train-steps 1 -> 2", "--learning-rate 8e-06 -> 0.0001", "--weight-decay 0.0 -> 0.25",
+        "--adam-beta1 0.9 -> 0.5", "--checkpointing-steps 500 -> 7",
+    ):  # fmt: skip
+        assert f"changed since: {text}" in said
+    (group,) = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
+
+
+def test_a_used_folder_is_left_as_it_is(small, tiny_pipeline, begun, tmp_path):
+    used = tmp_path / "used"
+    shutil.copytree(begun / "full", used)
+    before = state_of(used)
+    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-1, log.jsonl, pipeline\).*another --output"):
+        small(tiny_pipeline, used, 1)
+    with pytest.raises(ValueError, match="holds another run"):
+        small(tiny_pipeline, used, 2, "--resume-from-checkpoint", begun / "full" / "checkpoint-1")
+    shutil.copytree(used / "checkpoint-1", used / "checkpoint-9")
+    with pytest.raises(ValueError, match=r"later checkpoints than checkpoint-1 \(checkpoint-9\)"):
+        small(tiny_pipeline, used, 2, "--resume-from-checkpoint", used / "checkpoint-1")
+    shutil.rmtree(used / "checkpoint-9")
+    assert state_of(used) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file: expected a folder"):
+        small(tiny_pipeline, tmp_path / "file", 1)
+
+
+def test_a_system_that_flushes_only_what_may_be_written(tmp_path, monkeypatch):
+    """As Windows, where a folder cannot be opened either."""
+    fcntl = pytest.importorskip("fcntl")
+    real_open = os.open
+
+    def strict_open(path, *rest):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "a folder", str(path))
+        return real_open(path, *rest)
+
+    flushed = []
+
+    def strict_fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(handle)
+
+    monkeypatch.setattr(os, "fsync", strict_fsync)
+    monkeypatch.setattr(os, "open", strict_open)
+    folder = tmp_path / "checkpoint-1"
+    partial = start_folder(folder)
+    write_objects(partial, {"student": {"weight": torch.ones(2)}, "optimizer": {"state": {}}}, {"step": 1})
+    finish_folder(partial, folder)
+    states, facts = read_checkpoint(folder)
+    assert len(flushed) == 3 and facts == {"step": 1}
+    assert torch.equal(states["student"]["weight"], torch.ones(2)) and states["optimizer"] == {"state": {}}
+
+
+def test_a_resumed_adamw_counts_its_steps_on_the_cpu(tmp_path):
+    """On a device each parameter's count would be waited for at every step. The meta device stands for it."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], 1e-3)
+    weight.sum().backward()
+    optimizer.step()
+    partial = start_folder(tmp_path / "checkpoint-1")
+    write_objects(partial, {"optimizer": optimizer.state_dict()}, {})
+    finish_folder(partial, tmp_path / "checkpoint-1")
+    elsewhere = [torch.nn.Parameter(torch.ones(3, device="meta"))]
+    resumed = torch.optim.AdamW(elsewhere, 1e-3)
+    OptimizerState(resumed, elsewhere, sharded=False).load_state_dict(
+        read_checkpoint(tmp_path / "checkpoint-1", mmap=True)[0]["optimizer"]
+    )
+    (slots,) = resumed.state.values()
+    assert (slots["step"].device.type, slots["exp_avg"].device.type) == ("cpu", "meta") and slots["step"] == 1
+
+
+def test_one_more_object_of_a_checkpoint_costs_a_word(tmp_path):
+    class Counter:
+        def __init__(self, count):
+            self.count = count
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    partial = start_folder(tmp_path / "checkpoint-1")
+    write_objects(partial, {"critic": Counter(3).state_dict()}, {})
+    finish_folder(partial, tmp_path / "checkpoint-1")
+    states, _ = read_checkpoint(tmp_path / "checkpoint-1")
+    critic = Counter(0)
+    load_objects({"critic": critic}, states)
+    assert critic.count == 3
+    with pytest.raises(ValueError, match="critic: this run has none"):
+        load_objects({}, states)
+    with pytest.raises(ValueError, match="judge: the checkpoint has none"):
+        load_objects({"critic": critic, "judge": Counter(0)}, states)

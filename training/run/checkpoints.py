@@ -1,7 +1,8 @@
 """Checkpoint folders: whole or not there at all.
 
-checkpoint-STEP holds student, target and release as .safetensors, optimizer.pt (optimizer, gradient scaler, random
-state) and state.json. It is written beside, flushed to disk and renamed.
+checkpoint-STEP holds each of a run's state objects under its name, as NAME.safetensors where its state is tensors alone
+(networks) and as NAME.pt otherwise (optimizers), and state.json with the facts of the run. It is written beside,
+flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,33 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-PREFIX, OPTIMIZER = "checkpoint-", "optimizer.pt"
+PREFIX = "checkpoint-"
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps. With shards all processes must ask for a state; the main one's answer is written."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Raises ValueError, KeyError or RuntimeError for the state of another kind of run."""
+
+
+class RandomState:
+    """Torch's own random numbers on the CPU, as a state object."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state["torch"])
 
 
 class CheckpointError(ValueError):
@@ -45,19 +65,18 @@ def start_folder(folder: Path) -> Path:
     return partial
 
 
-def write_weights(partial: Path, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    for name, tensors in weights.items():
-        file = partial / f"{name}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+def write_objects(partial: Path, states: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """States by name, and the facts, which are JSON."""
+    for name, state in states.items():
+        if state and all(isinstance(value, Tensor) for value in state.values()):
+            file = partial / f"{name}.safetensors"
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+        else:
+            file = partial / f"{name}.pt"
+            torch.save(dict(state), file)
         _flush(file)
     file = partial / "state.json"
-    file.write_text(json.dumps(state, indent=2), encoding="utf-8")
-    _flush(file)
-
-
-def write_optimizer(partial: Path, state: Mapping[str, Any]) -> None:
-    file = partial / OPTIMIZER
-    torch.save(dict(state), file)
+    file.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     _flush(file)
 
 
@@ -78,21 +97,34 @@ def rotate(output_dir: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def read_checkpoint(folder: Path, device: torch.device | str, mmap: bool = False) -> tuple[dict, dict, dict]:
-    """(weights by name, optimizer state, state.json). Raises CheckpointError for a folder that is no checkpoint.
+def read_checkpoint(folder: Path, mmap: bool = False) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """(states by name, facts). Raises CheckpointError for a folder that is no checkpoint.
 
-    mmap: leave the optimizer's tensors on the disk until they are used; for a device "cpu".
+    All tensors are on the CPU: an optimizer takes to its device what belongs there, and AdamW's step count does not.
+    mmap: leave the optimizers' on the disk until they are used; for those that copy them.
     """
     if not (folder / "state.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected state.json in it. Give a checkpoint-N folder, or 'latest'."
         )
     try:
-        weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        optimizer = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True, mmap=mmap)
-        return weights, optimizer, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        states: dict[str, dict[str, Any]] = {
+            file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))
+        }
+        for file in sorted(folder.glob("*.pt")):
+            states[file.stem] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return states, json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}). Resume from another checkpoint.") from error
+
+
+def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:
+    """Every object's state into it. Raises ValueError for a name that one side lacks, unless it is optional."""
+    for name in sorted(objects.keys() ^ states.keys()):
+        if name not in optional:
+            raise ValueError(f"{name}: {'this run has none' if name in states else 'the checkpoint has none'}")
+    for name in objects.keys() & states.keys():
+        objects[name].load_state_dict(states[name])
 
 
 def explain_write_error(error: Exception, folder: Path) -> CheckpointError:
@@ -114,11 +146,13 @@ WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself; a folder's entries too, where the system lets a folder be opened."""
+    """To the disk itself; a folder's entries too, where the system lets a folder be opened (Windows does not)."""
+    folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows flushes only what may be written.
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     except OSError:
-        if path.is_dir():
+        if folder:
             return
         raise
     try:

@@ -36,30 +36,31 @@ from ..models.pipeline import Conditioning, Pipeline, unet_arguments
 from ..models.sampling import guided_output
 from .checkpoints import (
     WRITE_ERRORS,
+    RandomState,
+    Stateful,
     explain_write_error,
     finish_folder,
     latest_checkpoint,
+    load_objects,
     read_checkpoint,
     rotate,
     start_folder,
-    write_optimizer,
-    write_weights,
+    write_objects,
 )
 from .config import Config
+from .identity import changes, weights_digest
 from .networks import (
     GAMMA_DIM,
+    ROLES,
     FullNetworks,
     LoraNetworks,
+    RoleState,
+    base_dtype,
     gamma_conditioning,
-    load_weights,
     update_averages,
 )
 from .optimizers import build_optimizer
-from .sharding import (
-    gathered_optimizer,
-    sharded_optimizer,
-    sharding_mesh,
-)
+from .sharding import OptimizerState, sharding_mesh
 from .validation import Score, Validation
 
 GRID = 50  # training sees the timesteps that few-step sampling picks from: 19, 39, .., 999
@@ -91,6 +92,9 @@ class Distillation:
         self.negative = pipeline.unconditional()
         if not self.data.needs_encoders and accelerator.device.type != "cpu":
             pipeline.encoders_to("cpu")  # they come in for sheets only
+        # A LoRA is one on the teacher as it is computed with; whole weights begin as the teacher's own.
+        dtype = base_dtype(config) if config.lora else torch.float32
+        self.teacher_hash = weights_digest(pipeline.unet.state_dict(), dtype)
         self.networks = LoraNetworks(pipeline, config) if config.lora else FullNetworks(pipeline, config, mesh)
         optimizer = build_optimizer(
             config.optimizer,
@@ -104,6 +108,14 @@ class Distillation:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         else:
             self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
+        trained = [role for role in ROLES if role != "teacher" and self.networks.weights(role)]
+        self.objects: dict[str, Stateful] = {
+            **{role: RoleState(self.networks, role) for role in trained},
+            "optimizer": OptimizerState(self.optimizer, self.networks.trainable(), self.networks.sharded),
+            "random": RandomState(),
+        }
+        if getattr(accelerator, "scaler", None):
+            self.objects["scaler"] = accelerator.scaler
         conditioning = gamma_conditioning(config)
         subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
         distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
@@ -260,15 +272,17 @@ class Distillation:
         role = min(scores, key=lambda one: scores[one].loss)
         if self.best is None or scores[role].loss < self.best["loss"]:
             self.best = {"step": self.step, "role": role, "loss": scores[role].loss}
-            weights = {"student": self.networks.whole(role)}
-            if self.accelerator.is_main_process:
-                self._write(config.output_dir / "best", weights, {**self.best})
+            self._write(config.output_dir / "best", {"student": self.objects[role]}, self.best)
         return scores
 
-    def _write(self, folder: Path, weights: dict, state: dict) -> None:
+    def _write(self, folder: Path, objects: dict[str, Stateful], facts: dict) -> None:
+        """By the main process; with sharded networks all must call it."""
+        states = {name: one.state_dict() for name, one in objects.items()}
+        if not self.accelerator.is_main_process:
+            return
         try:
             partial_folder = start_folder(folder)
-            write_weights(partial_folder, weights, {**state, "config": self.config.settings()})
+            write_objects(partial_folder, states, {**facts, "config": self.config.settings()})
             finish_folder(partial_folder, folder)
         except WRITE_ERRORS as error:
             raise explain_write_error(error, folder) from error
@@ -277,68 +291,56 @@ class Distillation:
         """OUTPUT_DIR/checkpoint-STEP, which appears under its name only when it is whole; old ones go."""
         config, accelerator = self.config, self.accelerator
         folder = config.output_dir / f"checkpoint-{self.step}"
-        names = ("student", "target", "release")
-        weights = {name: self.networks.whole(name) for name in names if self.networks.weights(name)}
-        scaler = getattr(accelerator, "scaler", None)
-        moments = self.optimizer.state_dict()
-        optimizer = {
-            "optimizer": gathered_optimizer(moments) if self.networks.sharded else moments,
-            "scaler": scaler.state_dict() if scaler else {},
-            "random": torch.get_rng_state(),
-        }
-        state = {
+        facts = {
             "step": self.step,
             "samples": self.samples,
             "recent": self.recent,
             "least": self.least,
             "best": self.best,
             "processes": accelerator.num_processes,
-            "config": config.settings(),
+            "teacher_hash": self.teacher_hash,
         }
-        try:
-            if accelerator.is_main_process:
-                partial_folder = start_folder(folder)
-                write_weights(partial_folder, weights, state)
-                write_optimizer(partial_folder, optimizer)
-                finish_folder(partial_folder, folder)
-                rotate(config.output_dir, config.checkpoints_total_limit)
-        except WRITE_ERRORS as error:
-            raise explain_write_error(error, folder) from error
+        self._write(folder, self.objects, facts)
+        if accelerator.is_main_process:
+            rotate(config.output_dir, config.checkpoints_total_limit)
         accelerator.wait_for_everyone()
         return folder
 
     def free(self) -> None:
         """Let go of the networks and the optimizer: what is left is to write the result."""
         self.accelerator.free_memory()
-        self.networks = self.optimizer = self.validation = None
+        self.networks = self.optimizer = self.validation = self.objects = None
         self.pipeline.unet = None
         gc.collect()
 
-    def resume(self, wanted: str) -> Path | None:
-        """Take up a checkpoint: a folder, or "latest" (None: there is none yet). Raises ValueError for an unfit one."""
-        folder = latest_checkpoint(self.config.output_dir) if wanted == "latest" else Path(wanted)
+    def resume(self, wanted: str) -> tuple[Path | None, list[str]]:
+        """Take up a checkpoint: a folder, or "latest". (Its folder, None if there is none yet; what has changed since.)
+
+        Raises ValueError for one of another run: other settings than may change, another teacher's weights.
+        """
+        config = self.config
+        folder = latest_checkpoint(config.output_dir) if wanted == "latest" else Path(wanted)
         if folder is None:
-            return None
-        sharded = self.networks.sharded
-        weights, optimizer, state = read_checkpoint(folder, "cpu" if sharded else self.pipeline.device, mmap=sharded)
+            return None, []
+        # What is copied to a device or into shards may stay on the disk till then.
+        copied = self.networks.sharded or self.pipeline.device.type != "cpu"
+        states, facts = read_checkpoint(folder, mmap=copied)
         try:
-            for name in ("student", "target", "release"):
-                load_weights(self.networks, name, weights.get(name, {}))
-            moments, trained = optimizer["optimizer"], self.networks.trainable()
-            self.optimizer.load_state_dict(sharded_optimizer(moments, trained) if sharded else moments)
-            if optimizer["scaler"] and getattr(self.accelerator, "scaler", None):
-                self.accelerator.scaler.load_state_dict(optimizer["scaler"])
-            torch.set_rng_state(optimizer["random"].cpu())
+            found = changes(config.settings(), facts["config"], frozenset(vars(config.data_options)))
+            if facts["teacher_hash"] != self.teacher_hash:
+                raise ValueError(
+                    f"its teacher has other weights (SHA-256 {facts['teacher_hash']}) than --teacher {config.teacher} "
+                    f"({self.teacher_hash}). Resume with its own teacher, or start anew in another --output-dir."
+                )
+            load_objects(self.objects, states, optional=("scaler",))
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{folder} does not fit this run ({str(error).splitlines()[0]}). Resume with the teacher, --method, "
-                f"--lora and --gamma-conditioning it was started with, or start anew in another --output-dir."
-            ) from error
-        self.step, self.samples = state["step"], state["samples"]
-        self.recent, self.least, self.best = state["recent"], state["least"], state["best"]
-        for left in self.config.output_dir.glob("*.partial"):
+            raise ValueError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
+        self.step, self.samples = facts["step"], facts["samples"]
+        self.recent, self.least = facts["recent"], facts["least"]
+        self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
+        for left in config.output_dir.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
-        return folder
+        return folder, found
 
 
 def draw_timesteps(u: Tensor, num_train_timesteps: int, power: float) -> Tensor:

@@ -246,6 +246,19 @@ def load_weights(networks: Networks, role: str, weights: dict[str, Tensor]) -> N
     _copy(own, weights)
 
 
+class RoleState:
+    """A role's weights as a checkpoint holds them: whole, whatever the shards."""
+
+    def __init__(self, networks: Networks, role: str) -> None:
+        self.networks, self.role = networks, role
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.networks.whole(self.role)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        load_weights(self.networks, self.role, state)
+
+
 def _with_projection(teacher: UNet2DConditionModel, copied: bool) -> UNet2DConditionModel:
     """The teacher with a cond_proj of zeros; unless copied it takes the teacher's own tensors over."""
     dtype = teacher.dtype

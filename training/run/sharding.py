@@ -106,6 +106,28 @@ def sharded_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) ->
     return {**state, "state": slots}
 
 
+# What a run's own flags and device say of an optimizer, whatever a checkpoint has.
+SETTINGS = ("betas", "eps", "weight_decay", "foreach", "fused", "capturable")
+
+
+class OptimizerState:
+    """An optimizer as a checkpoint holds it: moments whole, whatever the shards. Its settings stay the run's own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], sharded: bool) -> None:
+        self.optimizer, self.parameters, self.sharded = optimizer, parameters, sharded
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        return gathered_optimizer(state) if self.sharded else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """state: on the CPU, where AdamW's step count must stay: on a device it would be waited for at each step."""
+        own = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(sharded_optimizer(state, self.parameters) if self.sharded else dict(state))
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+
+
 def _cut(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole

@@ -1,0 +1,78 @@
+"""Whether a run is the one that was begun: its folder, its settings and its teacher's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints import PREFIX, checkpoints
+
+# What a resumed run may have otherwise than it began, which is said; the rest makes it another run.
+MAY_CHANGE = frozenset((
+    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay",
+    "release_decay", "mixed_precision", "teacher_dtype", "gradient_checkpointing", "compile", "checkpointing_steps",
+    "checkpoints_total_limit", "sample_every", "sample_prompts", "validation_samples", "report_to", "export_dtype",
+    "name", "allow_tf32", "data",
+))  # fmt: skip
+# The teacher is known by its weights, wherever they lie; a recipe by what it sets.
+UNSAID = frozenset((
+    "teacher", "revision", "download_teacher", "recipe", "output_dir", "use_8bit_adam", "resume_from_checkpoint",
+    "plan", "measure",
+))  # fmt: skip
+LEFT = (f"{PREFIX}*", "best", "log.jsonl", "validation.jsonl", "pipeline")  # what a run leaves in its folder
+
+
+def weights_digest(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """SHA-256 (16 digits of it, and the dtype) over names, shapes and values as they are in `dtype`."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().to(dtype).cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"{digest.hexdigest()[:16]} in {str(dtype).removeprefix('torch.')}"
+
+
+def changes(now: Mapping[str, Any], then: Mapping[str, Any], data: frozenset[str] = frozenset()) -> list[str]:
+    """What has changed of a run's settings since it began, as "--flag was -> is".
+
+    data: names of settings of the data, which may change too. Raises ValueError naming those that may not. A setting
+    that one side does not know is not compared.
+    """
+    differing = [name for name in now if name in then and name not in UNSAID and now[name] != then[name]]
+    said = {name: f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in differing}
+    wrong = [text for name, text in said.items() if name not in MAY_CHANGE | data]
+    if wrong:
+        raise ValueError(
+            f"it was begun with other settings: {', '.join(wrong)}. Resume with those it was begun with, or start anew "
+            f"in another --output-dir."
+        )
+    return list(said.values())
+
+
+def check_folder(output_dir: Path, resume: str | None) -> None:
+    """Raises ValueError where a run would write over what another left: nothing has been written then.
+
+    resume: None, "latest" or a checkpoint's folder.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file: expected a folder, or nothing yet.")
+    found = sorted(path.name for pattern in LEFT for path in output_dir.glob(pattern))
+    own = resume == "latest" or (resume is not None and Path(resume).resolve().parent == output_dir.resolve())
+    if found and not own:
+        raise ValueError(
+            f"{output_dir} holds another run ({', '.join(found)}). Go on with that one by --resume-from-checkpoint "
+            f"latest, or take another --output-dir."
+        )
+    later = [folder.name for folder in checkpoints(output_dir)]
+    if own and resume != "latest" and Path(resume).name in later:
+        later = later[later.index(Path(resume).name) + 1 :]
+        if later:
+            raise ValueError(
+                f"{output_dir} has later checkpoints than {Path(resume).name} ({', '.join(later)}), which the resumed "
+                f"run would mix with its own. Take another --output-dir, or remove them."
+            )
