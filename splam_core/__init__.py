@@ -15,6 +15,8 @@ from .checkpoint import (
     weight_files,
 )
 from .denoiser import Denoiser, boundary_scalings, predict_epsilon, predict_x0
+from .descent import LossWatch, ema_update, learning_rate_share, release_decay_at
+from .draws import decisions, draw_timesteps, draws, sample_gamma
 from .gamma import (
     authors_embedding,
     fold,
@@ -23,8 +25,9 @@ from .gamma import (
     patch_time_embedding,
     sinusoid,
 )
-from .objective import Objective, ema_update, l2, pseudo_huber, sample_gamma, subpath_for
+from .objective import Objective, l2, pseudo_huber, subpath_for
 from .parametrisation import Parametrisation, parametrisation_of
+from .recipe import Recipe
 from .sampler import add_noise, fresh_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
 from .solver import SOLVERS, ddim_step, guided, multiple_estimation
@@ -34,9 +37,11 @@ __all__ = [
     "SOLVERS",
     "Denoiser",
     "DirectLinking",
+    "LossWatch",
     "NoiseSchedule",
     "Objective",
     "Parametrisation",
+    "Recipe",
     "SubPath",
     "SubPathLinear",
     "add_noise",
@@ -44,7 +49,10 @@ __all__ = [
     "boundary_scalings",
     "broadcast_to",
     "ddim_step",
+    "decisions",
     "diffusers_to_ldm",
+    "draw_timesteps",
+    "draws",
     "ema_update",
     "few_step_timesteps",
     "fold",
@@ -55,6 +63,7 @@ __all__ = [
     "guided",
     "l2",
     "ldm_to_diffusers",
+    "learning_rate_share",
     "load_file",
     "load_files",
     "lora_adapters",
@@ -68,6 +77,7 @@ __all__ = [
     "predict_x0",
     "pseudo_huber",
     "read_metadata",
+    "release_decay_at",
     "renoise_generator",
     "sample",
     "sample_gamma",

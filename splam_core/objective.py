@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,28 +26,6 @@ def pseudo_huber(difference: Tensor, c: float = 1e-3) -> Tensor:
     square = difference.square()
     # The same number without the cancellation that eats small d in float32.
     return (square / ((square + c**2).sqrt() + c)).flatten(1).mean(1)
-
-
-def sample_gamma(u: Tensor, p_one: float = 0.0) -> Tensor:
-    """Uniform u in [0, 1) -> gamma: exactly 1 with probability p_one (the point that sampling uses), else uniform.
-
-    Raises ValueError unless 0 <= p_one <= 1.
-    """
-    if not 0 <= p_one <= 1:
-        raise ValueError(f"p_one is a probability, got {p_one}.")
-    if p_one == 1:
-        return torch.ones_like(u)
-    return torch.where(u < p_one, 1.0, (u - p_one) / (1 - p_one))
-
-
-@torch.no_grad()
-def ema_update(target: Iterable[Tensor], source: Iterable[Tensor], decay: float) -> None:
-    """target <- decay*target + (1-decay)*source in place, over parameters in the same order (Algorithm 1, last line).
-
-    Computed in target's dtype. Raises ValueError if one has more parameters than the other.
-    """
-    for average, parameter in zip(target, source, strict=True):
-        average.lerp_(parameter.to(average), 1 - decay)
 
 
 def subpath_for(method: str, schedule: NoiseSchedule, sigma_level: str = "linear") -> SubPath:

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from training.run.config import Config, parse
+from training.run.config import Config, parse_command
 from training.run.identity import check_folder
 from training.run.loop import Distillation, Progress
 from training.run.measure import measure
@@ -149,23 +149,17 @@ def _line(progress: Progress) -> str:
 
 def main() -> int:
     try:
-        config = parse(description=__doc__)
-        if config.plan:
-            print_plan(config)
+        config, asked = parse_command(None, __doc__)
+        if asked.plan:
+            print(describe(config, plan(config)))
+            if asked.measure:
+                print(measure(config))
         else:
             distill(config)
     except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def print_plan(config: Config) -> None:
-    """Print the plan and, with --measure, what a few steps really take on this machine."""
-    found = plan(config)
-    print(describe(config, found))
-    if config.measure:
-        print(measure(config))
 
 
 if __name__ == "__main__":

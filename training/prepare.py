@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 if __package__ in (None, ""):  # run by path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +34,7 @@ from training.data.base import FEW, cache_settings, check_skipped, encoder_of, s
 from training.data.latents import META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
 from training.data.samples import SHARDS, read_meta, shards_of
 from training.data.sources import Listing, Record, Skip
+from training.flags import add_flags
 from training.models.load import load_pipeline
 from training.models.pipeline import DTYPES, Pipeline
 from training.models.teachers import resolve
@@ -168,23 +168,14 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataO
     add("revision", help="branch, tag or commit of a teacher on the Hub")
     add("download-teacher", action="store_true", help="fetch the teacher if it is not on this machine")
     group = parser.add_argument_group("data")
-    hints = get_type_hints(DataOptions)
-    for entry in fields(DataOptions):
-        names = sorted({f"--{entry.name.replace('_', '-')}", f"--{entry.name}"})
-        options = {"dest": entry.name, "default": entry.default, "help": entry.metadata["help"].replace("%", "%%")}
-        hint = hints[entry.name]
-        if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = next(k for k in get_args(hint) if k is not type(None)) if get_origin(hint) else hint
-            options["choices"] = entry.metadata["choices"]
-        group.add_argument(*names, **options)
+    add_flags(group, DataOptions)
     given = parser.parse_args(arguments)
     try:
         if given.shard_size < 1:
             raise ValueError(f"--shard-size must be 1 or more, got {given.shard_size}")
+        options = {entry.name for entry in fields(DataOptions)}
         given.rank, given.world = share(given.shard)
-        return given, DataOptions(**{entry.name: getattr(given, entry.name) for entry in fields(DataOptions)})
+        return given, DataOptions(**{key: value for key, value in vars(given).items() if key in options})
     except ValueError as error:
         parser.error(str(error))
 

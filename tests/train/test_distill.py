@@ -13,12 +13,12 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from splam_core import draw_timesteps, draws
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
-from training.data import draws
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.run.config import complete, parse
-from training.run.loop import Distillation, draw_timesteps
+from training.run.loop import Distillation
 from training.run.networks import LoraNetworks, export_unet, make_student
 
 ROOT = Path(__file__).resolve().parents[2]

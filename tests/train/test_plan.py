@@ -5,14 +5,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from training.models.architectures import Architecture
-from training.run.config import complete, parse
+from training.run.config import complete, parse, parse_command
+from training.run.measure import measure
 from training.run.plan import activation_bytes, describe, largest_batch, plan
 
 pytestmark = pytest.mark.train
 
 
 def planned(*arguments):
-    config = parse([*arguments, "--plan"])
+    config = parse_command([*arguments, "--plan"], None)[0]
     return config, plan(config)
 
 
@@ -91,12 +92,11 @@ def test_the_presets_are_listed(capsys):
     assert all(name in listed for name in ("sd15", "sd21-base", "sd21-v", "dreamshaper-v7", "sdxl", "embedded"))
 
 
-def test_measuring_a_few_steps(small, tiny_pipeline, capsys):
-    from training.distill import print_plan
-
-    print_plan(parse([
+def test_measuring_a_few_steps(small, tiny_pipeline):
+    config, asked = parse_command([
         "--teacher", str(tiny_pipeline), "--plan", "--measure", "--data", "embedded", "--num-scenes", "8",
         "--num-held-out", "1", "--no-cache-latents", "--train-batch-size", "1",
-    ]))  # fmt: skip
-    text = capsys.readouterr().out
+    ], None)  # fmt: skip
+    assert asked.plan and asked.measure
+    text = measure(config)
     assert "hours in all" in text and "peak memory" in text

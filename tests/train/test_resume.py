@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from splam_core.descent import EXPLOSION, WINDOW, LossWatch
 from training.run.checkpoints import (
     CheckpointError,
     finish_folder,
@@ -26,7 +26,6 @@ from training.run.checkpoints import (
     write_objects,
 )
 from training.run.identity import weights_digest
-from training.run.loop import EXPLOSION, WINDOW, Distillation
 from training.run.sharding import OptimizerState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,12 +90,10 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(small, tiny_pi
 
 
 def test_an_exploding_loss_stops():
-    run = SimpleNamespace(recent=[], least=None, step=0, config=SimpleNamespace(output_dir=Path("nowhere")))
+    watch = LossWatch()
     for loss in [0.1, 0.3] * WINDOW + [5.0, 0.2] * WINDOW:  # what a run does between large and small timesteps
-        Distillation._watch(run, loss)
-    with pytest.raises(FloatingPointError, match="has risen to"):
-        for _ in range(WINDOW):
-            Distillation._watch(run, 0.2 * EXPLOSION * 2)
+        assert watch.fault(loss) is None
+    assert "has risen to" in [watch.fault(0.2 * EXPLOSION * 2) for _ in range(WINDOW)][-1]
 
 
 def test_old_checkpoints_go_and_the_best_stays(small, tiny_pipeline, tmp_path):

@@ -16,11 +16,10 @@ from ..scenes.shapes import IMAGE_SIZE, draw_caption, scene
 from .base import TrainingData
 from .latents import META
 from .options import DataOptions, at_resolution
-from .random_numbers import draws
 from .samples import PROMPTS, PreparedData, RecordData, StreamData
 from .sources import Lazily, Listing, Record, Source, Stream, digest, open_source
 
-__all__ = ["DataOptions", "TrainingData", "at_resolution", "default_spec", "draws", "open_data", "source_of"]
+__all__ = ["DataOptions", "TrainingData", "at_resolution", "default_spec", "open_data", "source_of"]
 
 
 def open_data(spec: str | None, pipeline: Pipeline, options: DataOptions, batch_size: int, seed: int) -> TrainingData:

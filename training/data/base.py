@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from splam_core import decisions
+
 from ..models.pipeline import Conditioning, Pipeline
 from .images import nearest_bucket, picture_size
 from .latents import Encoder, Sample, Size
 from .options import AESTHETIC, WATERMARK, DataOptions
-from .random_numbers import decisions
 from .sources import Listing, Record, Skip, Source, digest
 
 log = logging.getLogger(__name__)

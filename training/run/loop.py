@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 from splam_core import (
-    Denoiser,
-    Objective,
+    LossWatch,
     add_noise,
+    draw_timesteps,
+    draws,
     gamma_embedding,
-    l2,
+    learning_rate_share,
     predict_epsilon,
-    pseudo_huber,
     sample_gamma,
-    subpath_for,
 )
 
-from ..data import draws, open_data
+from ..data import open_data
 from ..models.pipeline import Conditioning, Pipeline, unet_arguments
 from ..models.sampling import guided_output
 from .checkpoints import (
@@ -56,16 +53,11 @@ from .networks import (
     LoraNetworks,
     RoleState,
     base_dtype,
-    gamma_conditioning,
     update_averages,
 )
 from .optimizers import build_optimizer
 from .sharding import OptimizerState, sharding_mesh
 from .validation import Score, Validation
-
-GRID = 50  # training sees the timesteps that few-step sampling picks from: 19, 39, .., 999
-# The loss explodes when the mean of WINDOW steps is EXPLOSION times the least mean of any WINDOW steps before them.
-WINDOW, EXPLOSION = 20, 100.0
 
 
 @dataclass
@@ -116,16 +108,11 @@ class Distillation:
         }
         if getattr(accelerator, "scaler", None):
             self.objects["scaler"] = accelerator.scaler
-        conditioning = gamma_conditioning(config)
-        subpath = subpath_for(config.method, pipeline.schedule, config.sigma_level)
-        distance = l2 if config.loss_type == "l2" else partial(pseudo_huber, c=config.huber_c)
-        denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, conditioning, subpath)
-        self.objective = Objective(denoiser, config.method, config.skip, config.solver_skip, distance, config.solver)
-        self.projected = conditioning == "embedding"
+        self.objective = config.objective(pipeline.schedule, pipeline.prediction_type)
+        self.projected = config.conditioning == "embedding"
         self.validation: Validation | None = None
         self.step, self.samples = 0, 0
-        self.recent: list[float] = []  # the last WINDOW losses
-        self.least: float | None = None  # the least mean of WINDOW losses
+        self.watch = LossWatch()
         self.best: dict | None = None  # step and scores of the best validation
         if config.compile:
             self.networks.compile()
@@ -196,7 +183,7 @@ class Distillation:
             loss = accelerator.reduce(self._backward(), "mean").item()
             self._watch(loss)
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * self._schedule()
+                group["lr"] = self._learning_rate(self.step)
             norm = self._descend()
             self.step += 1
             self.samples += whole
@@ -205,7 +192,7 @@ class Distillation:
                 step=self.step,
                 loss=loss,
                 gradient_norm=float(norm),
-                learning_rate=config.learning_rate * self._schedule(self.step - 1),
+                learning_rate=self._learning_rate(self.step - 1),
                 images=whole,
                 unet_forwards=whole * config.unet_forwards_per_sample,
                 seconds=time.perf_counter() - since,
@@ -226,26 +213,17 @@ class Distillation:
 
     def _watch(self, loss: float) -> None:
         """Raises FloatingPointError for a loss that is not finite or explodes. It is the same on every process."""
-        self.recent = [*self.recent[-(WINDOW - 1) :], loss]
-        mean = sum(self.recent) / WINDOW if len(self.recent) == WINDOW else None
-        explodes = mean is not None and self.least is not None and mean > EXPLOSION * self.least
-        if not math.isfinite(loss) or explodes:
-            what = f"has risen to {mean:.3g} from {self.least:.3g}" if explodes else f"is {loss}"
+        fault = self.watch.fault(loss)
+        if fault:
             raise FloatingPointError(
-                f"the loss {what} at step {self.step + 1}. Lower --learning-rate; the last good "
+                f"the loss {fault} at step {self.step + 1}. Lower --learning-rate; the last good "
                 f"checkpoint is {latest_checkpoint(self.config.output_dir) or 'not there yet'}."
             )
-        if mean is not None:
-            self.least = mean if self.least is None else min(self.least, mean)
 
-    def _schedule(self, step: int | None = None) -> float:
-        """The learning rate of a step as a share of the configured one."""
-        step = self.step if step is None else step
-        name, done = self.config.lr_scheduler, step / self.config.max_train_steps
-        warm = min(1.0, (step + 1) / max(1, self.config.lr_warmup_steps))
-        if name == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * done))
-        return warm * (1 - done) if name == "linear" else warm
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        share = learning_rate_share(config.lr_scheduler, step, config.max_train_steps, config.lr_warmup_steps)
+        return config.learning_rate * share
 
     def validate(self) -> dict[str, Score]:
         """Scores of the target and, where there is one, of the release average; keeps `best/` of the lowest loss.
@@ -294,8 +272,7 @@ class Distillation:
         facts = {
             "step": self.step,
             "samples": self.samples,
-            "recent": self.recent,
-            "least": self.least,
+            **self.watch.state_dict(),
             "best": self.best,
             "processes": accelerator.num_processes,
             "teacher_hash": self.teacher_hash,
@@ -336,17 +313,11 @@ class Distillation:
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
         self.step, self.samples = facts["step"], facts["samples"]
-        self.recent, self.least = facts["recent"], facts["least"]
+        self.watch.load_state_dict(facts)
         self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
         for left in config.output_dir.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         return folder, found
-
-
-def draw_timesteps(u: Tensor, num_train_timesteps: int, power: float) -> Tensor:
-    """Uniform u [B] in [0, 1) to timesteps [B] of the grid of GRID, of a density in proportion to t**power."""
-    place = (u ** (1 / (1 + power)) * GRID).long().clamp(max=GRID - 1)  # a u just below 1 may be rounded up to it
-    return (place + 1) * (num_train_timesteps // GRID) - 1
 
 
 def _attention(device: torch.device):

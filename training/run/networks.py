@@ -14,10 +14,13 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from splam_core import ema_update, release_decay_at
+from splam_core.recipe import LORA_TARGETS
+
 from ..models.load import load_pipeline
 from ..models.lora import merged
 from ..models.pipeline import DTYPES, Pipeline
-from .config import LORA_TARGETS, Config
+from .config import Config
 from .sharding import gathered, own_shards, shard, shards_of
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
 GAMMA_DIM = 256
 ROLES = ("teacher", "student", "target", "release")
-RELEASE_EVERY = 10  # steps between two updates of the release average, which waits in main memory
 _COND_PROJ = "time_embedding.cond_proj.weight"
 
 
@@ -43,11 +45,6 @@ def export_unet(student: UNet2DConditionModel, teacher: UNet2DConditionModel) ->
     return plain.eval().requires_grad_(False)
 
 
-def gamma_conditioning(config: Config) -> str:
-    """LCM has no gamma to tell."""
-    return "noise-level" if config.method == "lcm" else config.gamma_conditioning
-
-
 def base_dtype(config: Config) -> torch.dtype:
     """Of the frozen UNet. A LoRA student's own forward passes go through it: without mixed precision it stays fp32."""
     if config.lora and config.mixed_precision == "no":
@@ -63,7 +60,7 @@ class FullNetworks:
 
     def __init__(self, pipeline: Pipeline, config: Config, mesh: DeviceMesh | None = None) -> None:
         self.pipeline, self.teacher, self.sharded = pipeline, pipeline.unet, mesh is not None
-        self.student: nn.Module = make_student(pipeline.unet, gamma_conditioning(config))
+        self.student: nn.Module = make_student(pipeline.unet, config.conditioning)
         nn.Module.to(self.teacher, base_dtype(config))  # diffusers' own `to` warns of every cast
         if mesh is not None:
             shard(self.teacher, mesh)  # before there is a third whole UNet
@@ -134,7 +131,7 @@ class LoraNetworks:
     def __init__(self, pipeline: Pipeline, config: Config) -> None:
         self.pipeline, self.rank, self.alpha = pipeline, config.lora_rank, config.lora_alpha or config.lora_rank
         unet = nn.Module.to(pipeline.unet, base_dtype(config))
-        if gamma_conditioning(config) == "embedding":
+        if config.conditioning == "embedding":
             unet = _with_projection(unet, copied=False)
         targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -224,17 +221,13 @@ Networks = FullNetworks | LoraNetworks
 
 
 def update_averages(networks: Networks, step: int, decay: float, release_decay: float) -> None:
-    """The target after every step; the release average, which starts by forgetting fast, after every tenth."""
+    """The target after every step; the release average where `release_decay_at` says so."""
     student, target = networks.weights("student"), networks.weights("target")
-    with torch.no_grad():
-        for key, average in target.items():
-            if average.is_floating_point():
-                average.lerp_(student[key].to(average), 1 - decay)
-        if networks.release and step % RELEASE_EVERY == 0:
-            n = step // RELEASE_EVERY
-            share = 1 - min(release_decay**RELEASE_EVERY, n / (n + 9))
-            for key, average in networks.release.items():
-                average.lerp_(student[key].to(average), share)
+    floating = [key for key, average in target.items() if average.is_floating_point()]
+    ema_update([target[key] for key in floating], [student[key] for key in floating], decay)
+    slower = release_decay_at(step, release_decay)
+    if networks.release and slower is not None:
+        ema_update(networks.release.values(), [student[key] for key in networks.release], slower)
 
 
 def load_weights(networks: Networks, role: str, weights: dict[str, Tensor]) -> None:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from splam_core.recipe import LORA_TARGETS
+
 from ..models.architectures import ARCHITECTURES, Architecture
 from ..models.files import family_of_file
 from ..models.pipeline import DTYPES
 from ..models.teachers import TEACHERS, resolve
-from .config import LORA_TARGETS, Config
-from .networks import GAMMA_DIM, base_dtype, gamma_conditioning
+from .config import Config
+from .networks import GAMMA_DIM, base_dtype
 from .optimizers import state_bytes
 
 GB = 1e9
@@ -73,7 +75,7 @@ def plan(config: Config) -> Plan:
         if architecture.text_encoder_2:
             encoders.append(CLIPTextModelWithProjection(architecture.clip(second=True)))
     parameters = _count(unet)
-    projection = GAMMA_DIM * unet.config.block_out_channels[0] * (gamma_conditioning(config) == "embedding")
+    projection = GAMMA_DIM * unet.config.block_out_channels[0] * (config.conditioning == "embedding")
     unet.requires_grad_(not config.lora)
     if config.lora:
         targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
@@ -241,7 +243,7 @@ def describe(config: Config, found: Plan) -> str:
     lines = [
         f"{config.method.upper()} of {config.teacher}: {kind}, UNet of {found.unet_parameters / 1e6:.1f} M parameters",
         f"k={config.skip}, k_phi={config.solver_skip} ({config.solver}), w={config.guidance_scale:g}, "
-        f"{config.loss_type}, gamma by {gamma_conditioning(config)}, learning rate {config.learning_rate:g}, "
+        f"{config.loss_type}, gamma by {config.conditioning}, learning rate {config.learning_rate:g}, "
         f"mixed precision {config.mixed_precision}, "
         f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",

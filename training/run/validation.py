@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from splam_core import add_noise, few_step_timesteps
+from splam_core import add_noise, draws, few_step_timesteps
 
-from ..data import draws
 from ..models.pipeline import Conditioning, Pipeline
 from ..scoring.curves import SOLVER_SKIP, mean_squares, student_function, teacher_function, teacher_path
 from .networks import Networks
