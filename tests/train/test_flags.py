@@ -9,7 +9,8 @@ pytestmark = pytest.mark.train
 
 def test_a_file_gives_settings_and_the_command_line_has_the_last_word(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('teacher = "embedded"\nskip = 100\nsolver-skip = 20\nlora = true\nlearning_rate = 1\nresolution = 64\n')
+    settings = 'teacher = "embedded"; skip = 100; solver-skip = 20; lora = true; learning_rate = 1; resolution = 64'
+    file.write_text(settings.replace("; ", "\n"))
     config = parse(["--config", str(file), "--skip", "40"])
     assert (config.teacher, config.skip, config.solver_skip, config.lora) == ("embedded", 40, 20, True)
     assert config.learning_rate == 1.0 and config.data_options.resolution == 64
