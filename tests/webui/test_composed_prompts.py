@@ -16,15 +16,15 @@ def assert_composed(found, p, pictures, steps, negative=NEGATIVE):
     assert_same(found.double(), composed(first, pictures, negative, steps, fresh), 1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize(
-    "parts",
+    ("parts", "steps"),
     [
-        PARTS,
-        [(A, 1.0), (B, 1.0)],
-        [(A, 1.0), (B, -1.0)],
-        [(A, 0.7), (B, 1.2), (C, -0.4)],
-        [(A, 0.5)],
+        (PARTS, 1),
+        (PARTS, 4),
+        ([(A, 1.0), (B, 1.0)], 1),
+        ([(A, 1.0), (B, -1.0)], 2),
+        ([(A, 0.7), (B, 1.2), (C, -0.4)], 2),
+        ([(A, 0.5)], 1),
     ],
 )
 def test_sum(host, parts, steps):
