@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
+import torch
 
 from ..splam_core.checkpoint import PICKLES, is_safetensors
 
@@ -100,6 +101,20 @@ def host_names() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(in_host_names(str(error))) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong inside because of a file's weights is a ValueError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # the host's to deal with
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its weights do not fit together ({type(error).__name__}: {error}). The file is damaged or of "
+            "another architecture: fetch it again, or take another."
+        ) from error
 
 
 def in_host_names(text: str) -> str:

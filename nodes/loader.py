@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .announce import warn
-from .catalogue import find_models, host_names, locate
+from .catalogue import find_models, host_names, locate, reading
 from .checkpoints import files_of, load
 
 
@@ -68,7 +68,9 @@ class SPLAMLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, embedded_guidance=1.0) -> io.NodeOutput:
         with host_names():
-            loaded = load(locate(model_name), embedded_guidance)
+            location = locate(model_name)
+            with reading(location.path):
+                loaded = load(location, embedded_guidance)
         if loaded.warnings:
             warn("\n".join(loaded.warnings))
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)

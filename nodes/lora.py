@@ -22,7 +22,7 @@ from ..splam_core.checkpoint import (
 )
 from ..splam_core.keys import lora_key
 from .announce import warn
-from .catalogue import host_names, is_pickle, read_json
+from .catalogue import host_names, is_pickle, read_json, reading
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
@@ -80,7 +80,9 @@ class SPLAMLoraLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, clip=None) -> io.NodeOutput:
         with host_names():
-            model, clip, unused = apply_lora(model, clip, locate_lora(lora_name), strength_model, strength_clip)
+            path = locate_lora(lora_name)
+            with reading(path):
+                model, clip, unused = apply_lora(model, clip, path, strength_model, strength_clip)
         if unused:
             shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
             of_text = clip is None and any(key.startswith("lora_te") for key in unused)
@@ -111,7 +113,8 @@ def locate_lora(name: str) -> Path:
 def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: float):
     """(MODEL, CLIP, keys of the file without a place in them). clip may be None.
 
-    Raises ValueError for a file that is no LoRA, and for one of another family of models.
+    Raises ValueError for a file that is no LoRA, and for one of another family of models; KeyError and the like where
+    parts of it are missing or misshapen.
     """
     weights = load_file(path)
     known = {key: weight for key, weight in weights.items() if _is_lora_key(key)}
@@ -130,13 +133,8 @@ def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: fl
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
     modules = {key: _module(key, key_map) for key in (*lora, *(f"{module}.magnitude" for module in magnitudes))}
     _check_family(path, lora, modules, key_map, model, clip)
-    try:
-        # One warning says what goes unused, in place of the host's line for each.
-        patches = comfy.lora.load_lora({k: w for k, w in lora.items() if modules[k]}, key_map, log_missing=False)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: the host cannot read this LoRA; a part is missing or misshapen ({error})."
-        ) from error
+    # One warning says what goes unused, in place of the host's line for each.
+    patches = comfy.lora.load_lora({k: w for k, w in lora.items() if modules[k]}, key_map, log_missing=False)
     for module, magnitude in magnitudes.items():
         target = key_map.get(module)
         if isinstance(patches.get(target), comfy.weight_adapter.LoRAAdapter):
@@ -219,7 +217,11 @@ def _adapters(path: Path) -> dict:
 
 def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, clip) -> None:
     """Raises ValueError where the LoRA's matrices do not fit the model's, or most of them have no place in it."""
-    for module, found in _shapes(lora).items():
+    try:
+        shapes = _shapes(lora)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} The file is damaged: fetch it again.") from error
+    for module, found in shapes.items():
         target = key_map.get(module)
         if not isinstance(target, str):
             continue
@@ -243,12 +245,14 @@ def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, c
 def _shapes(lora: dict) -> dict[str, tuple[int, int | None]]:
     """{module: rows and columns of the weight that its matrices make}, where they tell it; None: any columns.
 
-    A convolution's columns are all that makes one output channel.
+    A convolution's columns are all that makes one output channel. Raises ValueError where matrices do not multiply.
     """
     parts: dict[str, dict] = {}
     for key, weight in lora.items():
         for role in ROLES:
-            if key.endswith(role) and weight.ndim >= 2:
+            if key.endswith(role):
+                if weight.ndim < 2:
+                    raise ValueError(f"LoRA: {key} has the shape {tuple(weight.shape)}; expected a matrix.")
                 parts.setdefault(key.removesuffix(role), {})[role.removeprefix(".")] = weight
     shapes = {module: _made_of(part) for module, part in parts.items()}
     return {module: shape for module, shape in shapes.items() if shape is not None}
@@ -258,6 +262,9 @@ def _made_of(part: dict) -> tuple[int, int | None] | None:
     def product(left: str, right: str) -> tuple[int, int] | None:
         if left not in part or right not in part:
             return None
+        if left != right and part[left].shape[1:].numel() != part[right].shape[0]:
+            shapes = " and ".join(str(tuple(part[name].shape)) for name in (left, right))
+            raise ValueError(f"LoRA: {left} and {right} of one layer have the shapes {shapes}, which do not multiply.")
         return part[left].shape[0], part[right].shape[1:].numel()
 
     def kronecker(name: str) -> tuple[int, int] | None:

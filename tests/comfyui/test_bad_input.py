@@ -72,6 +72,10 @@ def bad_files(server, pipelines):
     save_file(
         unet | {"conv_in.bias": unet["conv_in.bias"] * torch.nan}, models / "diffusion_models" / "nan.safetensors"
     )
+    for name, weight in MISSHAPEN.items():
+        save_file(unet | {"conv_in.weight": weight}, models / "diffusion_models" / f"{name}.safetensors")
+        bad = {"lora_unet_conv_in.lora_down.weight": weight, "lora_unet_conv_in.lora_up.weight": weight.clone()}
+        save_file(bad, models / "loras" / f"{name}.safetensors")
     metadata = {"splam.scheduler": "[]"}
     save_file(unet, models / "diffusion_models" / "bad-metadata.safetensors", metadata)
     save_file({"mystery": torch.ones(1)}, models / "loras" / "mystery.safetensors")
@@ -86,6 +90,16 @@ def bad_files(server, pipelines):
     (pickled / "unet" / UNET_FILE).rename(pickled / "unet" / "diffusion_pytorch_model.bin")
     (no_json / "scheduler" / "scheduler_config.json").unlink()
     (bad_json / "vae" / "config.json").write_text("{ not json")
+
+
+MISSHAPEN = {
+    "number": torch.ones(()),
+    "vector": torch.ones(5),
+    "nothing": torch.ones(0, 4, 3, 3),
+    "cube": torch.ones(2, 3, 4),
+    "integers": torch.ones(64, 4, 3, 3, dtype=torch.int64),
+    "wide": torch.ones(64, 4, 5, 5),
+}
 
 
 BAD_FILES = {
@@ -116,6 +130,29 @@ def test_a_file_that_is_no_model(name, bad_files, server, pipelines, then_right)
         server.run(save_latent(text_to_image(name, PROMPT)))
     assert str(server.folder) not in str(error.value) and str(pipelines.folder) not in str(error.value)
     assert "SPLAMLoader" in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+@pytest.mark.parametrize("kind", ["diffusion_models", "loras"])
+def test_misshapen_weights(kind, name, bad_files, server, then_right):
+    graph = save_latent(text_to_image("diffusers/plain", PROMPT, steps=1))
+    if kind == "loras":
+        inputs = {
+            "model": ["model", 0],
+            "lora_name": f"{name}.safetensors",
+            "strength_model": 1.0,
+            "strength_clip": 1.0,
+        }
+        graph["unet"] = {"class_type": "SPLAMLoraLoader", "inputs": inputs}
+    else:
+        inputs = {"model_name": f"diffusion_models/{name}.safetensors"}
+        graph["unet"] = {"class_type": "SPLAMLoader", "inputs": inputs}
+    graph["sampled"]["inputs"]["model"] = ["unet", 0]
+    if name == "integers" and kind == "diffusion_models":  # numbers all the same
+        server.run(graph)
+        return
+    with pytest.raises(ServerError, match=rf"SPLAML\w+: {kind}.{name}\.safetensors: "):
+        server.run(graph)
 
 
 BAD_LORAS = {
