@@ -11,7 +11,7 @@ from ..splam_core.sampler import add_noise, fresh_noise, sample
 from ..splam_core.schedule import broadcast_to, few_step_timesteps
 from ..splam_core.subpath import SubPathLinear
 from .gamma import Point, asking_at
-from .parametrisation import consistency, is_consistency, nearest_timesteps, schedule_of, takes_sub_paths
+from .parametrisation import consistency, is_consistency, is_empty, nearest_timesteps, schedule_of, takes_sub_paths
 
 GRID = 50  # points of the grid that distillation trains on; image-to-image keeps int(GRID * denoise) of them
 NAME = "splam"  # in KSampler's lists of samplers and schedulers
@@ -43,8 +43,27 @@ def check_latent(node: str, samples, channels: int) -> None:
         )
 
 
+def check_sigmas(sigmas) -> None:
+    """Raises ValueError for sigmas that this sampler cannot follow."""
+    if not torch.isfinite(sigmas).all():
+        raise ValueError(
+            "SPLAM: the sigmas hold NaN or infinite values: their scheduler does not fit this MODEL. Connect SPLAM "
+            "Scheduler, or choose the scheduler 'splam'."
+        )
+    if (sigmas.diff() >= 0).any():
+        raise ValueError(
+            f"SPLAM: the sigmas must fall from step to step, found {[round(float(sigma), 4) for sigma in sigmas[:9]]}. "
+            "SPLAM takes noise away and cannot add it step by step: take out Flip Sigmas and the like, or connect "
+            "SPLAM Scheduler."
+        )
+
+
 def splam_sigmas(sampling, steps: int, denoise: float = 1.0) -> torch.Tensor:
-    """SIGMAS [steps + 1] of LCMScheduler's timesteps, ending in 0. sampling: a MODEL's model_sampling."""
+    """SIGMAS [steps + 1] of LCMScheduler's timesteps, ending in 0. sampling: a MODEL's model_sampling.
+
+    Raises ValueError as `schedule_of` and `few_step_timesteps`.
+    """
+    schedule_of(sampling)  # for its errors: the timesteps mean nothing to other kinds of models
     # From the model's own table: the host compares the first one with its largest to tell text-to-image.
     return torch.cat([sampling.sigma(few_step_timesteps(steps, denoise, GRID)), torch.zeros(1)])
 
@@ -58,15 +77,18 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None,
     host's DisableNoise) of seed 0.
     """
     extra_args = {} if extra_args is None else extra_args
-    check_latent("SPLAM", x, model.inner_model.inner_model.latent_format.latent_channels)
+    if len(sigmas) < 2:
+        return x  # no step, as after Split Sigmas at the end: the host's samplers do the same
     sampling = model.inner_model.inner_model.model_sampling
+    schedule = schedule_of(sampling).to(x.device)
+    check_sigmas(sigmas)
+    check_latent("SPLAM", x, model.inner_model.inner_model.latent_format.latent_channels)
     patched = is_consistency(sampling)
     if refinements > 0 and not takes_sub_paths(sampling):
         raise ValueError(
             f"SPLAM: refinements = {refinements} needs a MODEL that is told gamma. Put SPLAM Model Patch before the "
             "sampler with gamma_conditioning 'noise-level' or 'embedding', or set refinements to 0."
         )
-    schedule = schedule_of(sampling).to(x.device)
     if not patched:
         x = x + _surplus_noise(model, sampling, sigmas[0])
     timesteps = nearest_timesteps(schedule, sigmas[sigmas > 0]).cpu()
@@ -128,15 +150,27 @@ def _surplus_noise(model, sampling, sigma):
     """
     latent, noise = getattr(model, "latent_image", None), getattr(model, "noise", None)
     is_largest = float(sigma) > float(sampling.sigma_max) * (1 - 1e-5)
-    if latent is None or noise is None or not is_largest or torch.count_nonzero(latent) == 0:
+    if latent is None or noise is None or not is_largest:
         return 0.0
-    return noise * (sigma - (1 + sigma**2) ** 0.5)
+    surplus = noise * (sigma - (1 + sigma**2) ** 0.5)
+    return torch.where(broadcast_to(is_empty(latent), surplus), 0.0, surplus)
+
+
+def _whole_schedule(sampling, steps: int) -> torch.Tensor:
+    """The scheduler `splam` of KSampler and its kin, which ask for steps / denoise of them and cut by themselves."""
+    if steps > GRID:
+        raise ValueError(
+            f"SPLAM: the scheduler 'splam' has {GRID} noise levels and was asked for {steps} steps: below denoise 1 "
+            "KSampler asks for steps / denoise of them. Use a higher denoise or fewer steps, or SPLAM Sampler, whose "
+            "denoise may go down to steps/50."
+        )
+    return splam_sigmas(sampling, steps)
 
 
 def register() -> None:
     """Puts `splam` into the host's lists, from which KSampler and its kin fill their dropdowns. May be called again."""
     comfy.k_diffusion.sampling.sample_splam = sample_splam
-    comfy.samplers.SCHEDULER_HANDLERS[NAME] = comfy.samplers.SchedulerHandler(splam_sigmas)
+    comfy.samplers.SCHEDULER_HANDLERS[NAME] = comfy.samplers.SchedulerHandler(_whole_schedule)
     for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES):
         if NAME not in names:
             names.append(NAME)

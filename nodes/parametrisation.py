@@ -30,9 +30,12 @@ class _Consistency(_Schedule):
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         # diffusers starts text-to-image from pure noise, and image-to-image from add_noise at every strength; at
-        # denoise 1 ComfyUI would add the first one's noise to the second one's image.
-        pure = max_denoise and torch.count_nonzero(latent_image) == 0
-        return super().noise_scaling(sigma, noise, latent_image, max_denoise=pure)
+        # denoise 1 ComfyUI would add the first one's noise to the second one's image. A batch may hold both.
+        start = super().noise_scaling(sigma, noise, latent_image)
+        if not max_denoise:
+            return start
+        pure = super().noise_scaling(sigma, noise, latent_image, max_denoise=True)
+        return torch.where(broadcast_to(is_empty(latent_image), pure), pure, start)
 
 
 class _SubPath(_Consistency):
@@ -45,19 +48,21 @@ class _SubPath(_Consistency):
     def __init__(self, schedule: NoiseSchedule, conditioning: str):
         super().__init__(schedule)
         self.conditioning, self.point = conditioning, None
+        self.moved = schedule  # on the device that asked last
 
     def timestep(self, sigma):
         if self.point is None:
             return super().timestep(sigma)
         if self.conditioning == "embedding":
             return torch.full_like(sigma, self.point.t)
-        schedule = self.schedule.to(sigma.device)
-        return schedule.timestep_at(torch.ones_like(sigma), sigma)
+        if self.moved.alphas_cumprod.device != sigma.device:
+            self.moved = self.schedule.to(sigma.device)
+        return self.moved.timestep_at(torch.ones_like(sigma), sigma)
 
     def calculate_input(self, sigma, noise):
         if self.point is None or self.conditioning != "embedding":
             return super().calculate_input(sigma, noise)
-        return noise * self.schedule.alpha(self.point.t).to(noise)
+        return noise * self.schedule.alpha(self.point.t)
 
     def calculate_denoised(self, sigma, model_output, model_input):
         if self.point is None:
@@ -105,6 +110,11 @@ def consistency(x0, x, sigma, t):
     c_skip, c_out = boundary_scalings(t.to(torch.float32))
     alpha = (1 + sigma**2) ** -0.5
     return broadcast_to(c_skip * alpha, x) * x + broadcast_to(c_out, x0) * x0
+
+
+def is_empty(latent_image):
+    """[B]: which pictures of a latent image are none, for text-to-image."""
+    return latent_image.flatten(1).count_nonzero(dim=1) == 0
 
 
 def patch(model, schedule: NoiseSchedule, prediction_type: str, is_consistency_model: bool):
@@ -166,7 +176,10 @@ def is_consistency(sampling) -> bool:
 
 def prediction_type_of(sampling) -> str:
     """ "epsilon" or "v_prediction", from any MODEL's model_sampling."""
-    other = (comfy.model_sampling.X0, comfy.model_sampling.EDM, comfy.model_sampling.ModelSamplingDiscreteEDM)
+    other = (
+        *(comfy.model_sampling.X0, comfy.model_sampling.EDM),
+        *(comfy.model_sampling.ModelSamplingDiscreteEDM, comfy.model_sampling.StableCascadeSampling),
+    )
     discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
     if not discrete or not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, other):
         found = ", ".join(base.__name__ for base in type(sampling).__mro__[1:3])
@@ -180,7 +193,7 @@ def prediction_type_of(sampling) -> str:
 def schedule_of(sampling) -> NoiseSchedule:
     """The schedule of any MODEL's model_sampling: diffusers' table of Stable Diffusion's, or the model's own.
 
-    Raises ValueError as `prediction_type_of`.
+    Raises ValueError as `prediction_type_of`, and for a table from which the timesteps cannot be told.
     """
     if isinstance(sampling, _Schedule):
         return sampling.schedule
@@ -189,6 +202,13 @@ def schedule_of(sampling) -> NoiseSchedule:
     sigmas = sampling.sigmas.float().cpu()
     everyday = standard.ve_sigma(torch.arange(standard.num_train_timesteps))
     # ComfyUI's LCM class keeps only every 20th sigma: it is the same schedule.
-    if len(sigmas) != len(everyday) or torch.allclose(sigmas, everyday, rtol=1e-3):
+    kept = max(1, len(everyday) // len(sigmas))
+    if len(sigmas) * kept == len(everyday) and torch.allclose(sigmas, everyday[kept - 1 :: kept], rtol=1e-3):
         return standard
+    if kept > 1:
+        raise ValueError(
+            f"SPLAM: this MODEL samples on {len(sigmas)} noise levels that are not Stable Diffusion's, as after "
+            "ModelSamplingDiscrete 'lcm' with zsnr. SPLAM needs no such node: take it out, or choose 'v_prediction' in "
+            "it for a v model with zero terminal SNR."
+        )
     return NoiseSchedule(1 / (1 + sigmas**2))

@@ -124,12 +124,13 @@ def check_keys(module, weights: dict, what: str, missing_only: bool = False) -> 
 
 def _narrow(options: dict):
     """The host's configuration of the family that these options belong to, without its fixed numbers."""
+    models, edits = comfy.supported_models, options["in_channels"] == 8  # InstructPix2Pix: the picture beside the noise
     if options["adm_in_channels"] is not None:
-        family = comfy.supported_models.SDXL
+        family = models.SDXL_instructpix2pix if edits else models.SDXL
     elif options["use_linear_in_transformer"]:
-        family = comfy.supported_models.SD20
+        family = models.SD20
     else:
-        family = comfy.supported_models.SD15
+        family = models.SD15_instructpix2pix if edits else models.SD15
     kept = {key: value for key, value in family.unet_extra_config.items() if key == "attn_precision"}
 
     class Narrow(family):
