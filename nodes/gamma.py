@@ -49,13 +49,20 @@ class GammaWeights:
 
 
 class _TimeEmbedding:
-    """The forward of time_embed.0, which sees `shift` added to its input while a point is asked about."""
+    """The forward of time_embed.0, which sees gamma's shift added to its input while a point is asked about."""
 
-    def __init__(self, forward):
-        self.inner, self.shift = forward, None
+    def __init__(self, forward, weights: GammaWeights):
+        self.inner, self.weights = forward, weights
+        self.gamma: float | None = None  # of the point that is asked about
+        self.shifts: dict[tuple, torch.Tensor] = {}  # sent to the device once for each gamma
 
     def forward(self, tau):
-        return self.inner(tau if self.shift is None else tau + self.shift.to(tau))
+        if self.gamma is None:
+            return self.inner(tau)
+        key = (self.gamma, tau.device, tau.dtype)
+        if key not in self.shifts:
+            self.shifts[key] = self.weights.shift(self.gamma).to(tau)
+        return self.inner(tau + self.shifts[key])
 
 
 def patch_gamma(model, conditioning: str):
@@ -66,7 +73,7 @@ def patch_gamma(model, conditioning: str):
     """
     # Copied: a cached MODEL that stands elsewhere in the graph keeps its own.
     patched = on_sub_paths(as_consistency_model(model), conditioning)
-    weights, embedding = None, None
+    embedding = None
     if conditioning == "embedding":
         weights = model.get_attachment(ATTACHMENT)
         if weights is None:
@@ -75,7 +82,7 @@ def patch_gamma(model, conditioning: str):
                 "time_embedding.cond_proj, loaded by SPLAM Loader with embedded_guidance 1; this MODEL has none. "
                 "Choose 'noise-level', which needs no weights, or 'none'."
             )
-        embedding = _TimeEmbedding(patched.get_model_object(f"{TIME_EMBEDDING}.forward"))
+        embedding = _TimeEmbedding(patched.get_model_object(f"{TIME_EMBEDDING}.forward"), weights)
         patched.add_object_patch(f"{TIME_EMBEDDING}.forward", embedding.forward)
 
     def at_point(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
@@ -83,13 +90,13 @@ def patch_gamma(model, conditioning: str):
         sampling, point = executor.class_obj.model_sampling, options.get(POINT)
         sampling.point = point
         if embedding is not None:
-            embedding.shift = None if point is None else weights.shift(point.gamma)
+            embedding.gamma = None if point is None else point.gamma
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             sampling.point = None
             if embedding is not None:
-                embedding.shift = None
+                embedding.gamma = None
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.remove_wrappers_with_key(wrappers.APPLY_MODEL, KEY)

@@ -25,7 +25,9 @@ def sinusoid(phase: Tensor, dim: int = 256) -> Tensor:
     # A float32 logarithm, as in diffusers' get_guidance_scale_embedding: phases reach thousands of radians,
     # so its last bit shows in the sines of released checkpoints.
     step = torch.log(torch.tensor(10000.0)) / (half - 1)
-    frequencies = torch.exp(torch.arange(half, dtype=phase.dtype) * -step).to(phase.device)
+    frequencies = torch.exp(torch.arange(half, dtype=phase.dtype) * -step)
+    # Without waiting for the device: CUDA has copied so small a source before the call returns.
+    frequencies = frequencies.to(phase.device, non_blocking=phase.is_cuda)
     angles = phase[:, None] * frequencies[None, :]
     return functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 

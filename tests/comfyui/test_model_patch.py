@@ -1,11 +1,14 @@
 """SPLAM Model Patch: refinements are splam_core's on the same UNet; at all other evaluations nothing changes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
+from benchmarks.comfy_server import ROOT, ServerError
 from benchmarks.graphs import custom, save_latent, stock, text_to_image
 from benchmarks.reference import node_noises, relative_error
 from splam_core import Denoiser, NoiseSchedule, authors_embedding, few_step_timesteps
@@ -176,3 +179,47 @@ def test_other_kinds_of_models_are_refused(node, inputs, run):
     graph["patch"]["inputs"]["model"] = ["other", 0]
     with pytest.raises(ServerError, match=r"SPLAM needs a Stable Diffusion model that predicts noise or v"):
         run(graph)
+
+
+ONCE = """
+import importlib, sys, types
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+for name, folder in (("pack", ROOT), ("pack.nodes", ROOT + "/nodes")):  # without the nodes, which need a server
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+gamma, parametrisation, schedule = (
+    importlib.import_module(f"pack.{name}") for name in ("nodes.gamma", "nodes.parametrisation", "splam_core.schedule")
+)
+table = schedule.NoiseSchedule.scaled_linear()
+sampling = parametrisation.SubPathEPS(table, "noise-level")
+sampling.point = gamma.Point(0.5, 499)
+counted = {"schedules": 0, "shifts": 0}
+
+def count(owner, method, name):
+    whole = getattr(owner, method)
+
+    def counting(*arguments):
+        counted[name] += 1
+        return whole(*arguments)
+
+    setattr(owner, method, counting)
+
+count(schedule.NoiseSchedule, "__post_init__", "schedules")
+count(gamma.GammaWeights, "shift", "shifts")
+seen = {sampling.timestep(torch.full((2,), 1.5))[0].item() for _ in range(5)}
+embedding = gamma._TimeEmbedding(lambda tau: tau, gamma.GammaWeights(torch.randn(8, 256)))
+embedding.gamma = 0.5
+shifted = [embedding.forward(torch.zeros(2, 8)) for _ in range(5)]
+assert len(seen) == 1 and all(torch.equal(one, shifted[0]) for one in shifted) and shifted[0].std() > 0
+print("COUNTED", counted)
+"""
+
+
+def test_a_refinement_prepares_nothing_twice(comfyui):
+    """Each schedule made and each shift computed and sent would hold up an accelerator at every evaluation."""
+    code = ONCE.replace("ROOT", repr(str(ROOT)))
+    command = [sys.executable, "-c", code, "--cpu"]
+    done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, timeout=600)
+    assert "COUNTED {'schedules': 0, 'shifts': 1}" in done.stdout, done.stdout + done.stderr
