@@ -48,7 +48,10 @@ class SPLAMSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What the picture should not show. Has no effect at guidance 1.",
+                    tooltip=(
+                        "What the picture should not show. At guidance 1 only patches that ask for it read it, such as "
+                        "Self-Attention Guidance."
+                    ),
                 ),
                 io.Float.Input(
                     "guidance",
@@ -75,13 +78,19 @@ class SPLAMSampler(io.ComfyNode):
                 f"SPLAM Sampler: guidance {guidance:g} needs a negative conditioning, and none is connected. Connect "
                 "one (an empty prompt will do), or set guidance to 1."
             )
+        if negative is None and model.model_options.get("disable_cfg1_optimization"):
+            raise ValueError(
+                "SPLAM Sampler: a patch of this MODEL (Self-Attention Guidance, NAGuidance or the like) reads the "
+                "negative conditioning also at guidance 1, and none is connected. Connect one (an empty prompt will "
+                "do)."
+            )
         model = as_consistency_model(model)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         check_latent("SPLAM Sampler", samples, model.get_model_object("latent_format").latent_channels)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        # No negative conditioning at all, rather than guidance 1: nothing then has to be skipped.
+        # At guidance 1 the host evaluates a negative only where a patch of the MODEL asks for it.
         guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive} | ({"negative": negative} if guidance > 1 else {}))
+        guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
         guider.set_cfg(guidance)
         result = guider.sample(
             noise,
