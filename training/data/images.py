@@ -14,9 +14,20 @@ from torch import Tensor
 
 from ..pictures import to_tensor
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# What this Pillow cannot open of them is skipped by name.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jxl", ".jp2"),
+)
 MAX_ASPECT = 2.0
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = (
+    256,
+    257,
+    258,
+    262,
+    339,
+)  # TIFF tags; a sample format of 2 is signed
 Picture = Path | io.IOBase | np.ndarray | Image.Image
 
 
@@ -27,17 +38,26 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     with _open(picture) as image:
         # Of a PNG without it in front, Pillow would read all to look for it at the end.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        turned = exif.get(_ORIENTATION, 1) >= 5
+        tags = getattr(image, "tag_v2", {})  # of a TIFF newer Pillows turn the size themselves
+        stored = tags.get(_WIDTH, image.width), tags.get(_HEIGHT, image.height)
+        turned = exif.get(_ORIENTATION, 1) >= 5 and image.size == stored
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def load_picture(picture: Picture) -> Image.Image:
-    """The whole picture as RGB, upright, transparency on white. Raises ValueError for a damaged file."""
+    """The whole picture as 8-bit RGB, upright, transparency on white; of a moving one the first frame.
+
+    Raises ValueError for a damaged file.
+    """
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     with _open(picture) as image:
         try:
             image.load()
+            if image.mode.startswith(("I", "F")):
+                turned = image.getexif().get(_ORIENTATION, 1)
+                image = _eight_bits(image)
+                image.getexif()[_ORIENTATION] = turned
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -45,6 +65,36 @@ def load_picture(picture: Picture) -> Image.Image:
             return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"damaged picture: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits, which Pillow itself would clip to 255, scaled to 8.
+
+    By the range of its type; 32 bits hold more than a picture needs, so that it is the narrowest range of 0..1 (of
+    floats), 0..255, 0..65535 and the type's own that the values fit in. Raises ValueError where that is not clear.
+    """
+    tags = getattr(image, "tag_v2", None) or {}  # of TIFF
+    signed = 2 in tags.get(_SAMPLE_FORMAT, ())
+    bits = max(tags.get(_BITS, (16,)))  # PNG and PGM have at most 16
+    values = np.asarray(image)
+    if image.mode == "I" and bits == 32 and not signed:
+        values = values.astype(np.int32).view(np.uint32)  # Pillow has no other type for them
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    most, whole = values.max(), 2.0 ** (bits - signed) - 1
+    if image.mode == "F":
+        top = next((top for top in (1, 255, 65535) if most <= 1.25 * top and (top == 1 or most > top / 16)), None)
+        if top is None:
+            raise ValueError(f"float values up to {most:g}: expected 0 to 1, to 255 or to 65535")
+    else:
+        top = whole if bits <= 16 else next(top for top in (255, 65535, whole) if most <= top)
+    levels = (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        levels = 255 - levels
+    if isinstance(key := image.info.get("transparency"), int):
+        levels[values == key] = 255
+    return Image.fromarray(levels)
 
 
 def _open(picture: Picture) -> Image.Image:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models.hub import HUB_ID
+from .files import METADATA, files_below, metadata_rows, read_lines, read_text
 from .images import EXTENSIONS, Picture
 from .tars import BROKEN, bare, expand, is_url, members, sections
 
@@ -83,12 +86,15 @@ def open_source(
     path = Path(spec)
     columns = (caption_column, image_column)
     if path.is_dir():
-        tars, tables = sorted(path.glob("*.tar")), sorted(path.glob("**/*.parquet"))
+        below = files_below(path)
+        tars = [file for file in below if file.suffix == ".tar" and file.parent == path]
+        pictures = any(file.suffix.lower() in EXTENSIONS for file in below)
+        tables = [file for file in below if file.suffix == ".parquet" and not (pictures and file.name in METADATA)]
         if tars:
             return tar_listing(tars, *columns)
         if tables:
             return dataset(str(path), [str(table) for table in tables], *columns, config, split, streaming=False)
-        return image_folder(path, *columns)
+        return image_folder(path, *columns, below)
     if path.is_file() and path.suffix == ".txt":
         return prompt_list(path, images_per_prompt)
     files = expand(spec)
@@ -105,47 +111,53 @@ def open_source(
     if HUB_ID.fullmatch(spec) and not path.exists():
         return dataset(spec, None, *columns, config, split, streaming)
     raise FileNotFoundError(
-        f"--data {spec} is nothing to train on: expected a folder of pictures (with .txt files beside them, or a "
-        f"metadata.jsonl), a folder that training/prepare.py filled, .tar files or URLs (a-{{000..099}}.tar), .parquet "
-        f"files, a Hugging Face dataset (owner/name), a .txt file with a prompt on each line, or 'embedded'"
+        f"--data {spec} is nothing to train on: expected a folder of pictures (with .txt files beside them, "
+        f"or a metadata.jsonl, .csv or .parquet), a folder that training/prepare.py filled, .tar files or URLs "
+        f"(a-{{000..099}}.tar), .parquet files, a Hugging Face dataset (owner/name), a .txt file with a prompt on each line, or 'embedded'"
     )
 
 
-def image_folder(folder: Path, caption_column=None, image_column=None) -> Listing:
-    """Pictures below `folder`, captioned by NAME.txt beside each, or by metadata.jsonl ("file_name", "text")."""
+def image_folder(folder: Path, caption_column=None, image_column=None, below: list[Path] | None = None) -> Listing:
+    """Pictures below `folder`, captioned by NAME.txt beside each, or by METADATA tables ("file_name", "text").
+
+    below: its files, where they are known.
+    """
+    below = files_below(folder) if below is None else below
     told: dict[str, dict] = {}
     records: list[Record | Skip] = []
-    for table in sorted(folder.rglob("metadata.jsonl")):
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                if row is not None:
-                    told[(table.parent / row[image_column or "file_name"]).relative_to(folder).as_posix()] = row
-            except (ValueError, KeyError, TypeError) as error:
-                place = f"{table.relative_to(folder).as_posix()}:{number}"
-                records.append(Skip(place, f"expected a JSON object with file_name: {error!r}"))
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    named = image_column or "file_name"
+    for table in (file for file in below if file.name in METADATA):
+        for place, row in metadata_rows(table):
+            if isinstance(row, ValueError) or not row.get(named):
+                found = row if isinstance(row, ValueError) else f"expected {named}, found {', '.join(map(str, row))}"
+                records.append(Skip((table.parent / place).relative_to(folder).as_posix(), str(found)))
+                continue
+            file = Path(os.path.normpath(table.parent / str(row[named])))
+            name = (file.relative_to(folder) if file.is_relative_to(folder) else file).as_posix()
+            told[name] = told.get(name, {}) | row
+    files = [file for file in below if file.suffix.lower() in EXTENSIONS]
     for file in files:
         name = file.relative_to(folder).as_posix()
         sidecar, row = file.with_suffix(".txt"), told.pop(name, {})
         caption = _caption(row, caption_column)
         try:
             if caption is None and sidecar.is_file():
-                caption = sidecar.read_text(encoding="utf-8")
+                caption = read_text(sidecar)
         except ValueError as error:
-            records.append(Skip(name, f"{sidecar.name} is not UTF-8: {error}"))
+            records.append(Skip(name, str(error)))
             continue
         records.append(_record(name, caption, lambda file=file: file, row))
-    records += [Skip(name, "named by metadata.jsonl, but not there") for name in sorted(told)]
+    records += [Skip(name, "named by metadata, but not there") for name in sorted(told)]
     if not records:
         raise FileNotFoundError(f"{folder} holds no pictures: expected files {', '.join(EXTENSIONS)} in it or below")
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return Listing(records, digest("folder", stats, [r.caption for r in records if isinstance(r, Record)]))
+    said = [(record.caption, record.columns) for record in records if isinstance(record, Record)]
+    return Listing(records, digest("folder", stats, said))
 
 
 def prompt_list(file: Path, images_per_prompt: int = 1) -> Listing:
     """Prompts, one on a line (empty lines and lines that start with # are none), for the teacher to draw."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_lines(file)]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise FileNotFoundError(f"{file} holds no prompts: expected one on each line")
@@ -196,6 +208,7 @@ def dataset(
         if files is None:
             table = datasets.load_dataset(spec, config, split=split, streaming=streaming)
         else:
+            files = [file if is_url(file) else glob.escape(file) for file in files]
             table = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
     except Exception as error:  # of the hub, the network, the file format: each library has its own
         what = f"the parquet files {spec} cannot be read"
@@ -278,8 +291,9 @@ def _samples(
         try:
             if "json" in fields:
                 told |= json.loads(fields.pop("json")().read())
-            told |= {f: fields.pop(f)().read().decode() for f in ("txt", "caption", "text") if f in fields}
-        except (ValueError, TypeError) as error:
+            texts = {f: fields.pop(f) for f in ("txt", "caption", "text") if f in fields}
+            told |= {f: content().read().decode("utf-8-sig") for f, content in texts.items()}
+        except (ValueError, TypeError, OSError) as error:
             yield Skip(name, f"unreadable caption: {error}")
             continue
         found = [f for f in ([image_column] if image_column else fields) if f in fields and f".{f}" in EXTENSIONS]

@@ -5,14 +5,20 @@ from __future__ import annotations
 import glob
 import http.client
 import io
+import os
+import posixpath
 import tarfile
 import urllib.error
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from .files import hidden
+
 RETRIES = 5  # of a cut connection, each from the byte where it broke
+KEPT = 64 * 2**20  # bytes of a stream's last files, which a link further on may stand for
 BROKEN = (tarfile.TarError, OSError, EOFError, http.client.HTTPException)  # what reading a damaged archive raises
 
 
@@ -20,9 +26,12 @@ def expand(spec: str) -> list[str]:
     """The files or URLs that a pattern with {000..012} ranges or * names; a URL's * stays as it is."""
     from braceexpand import braceexpand
 
+    if os.path.exists(spec):  # a name of that kind
+        return [spec]
     found: list[str] = []
     for one in braceexpand(spec):
-        found += [one] if is_url(one) or not glob.has_magic(one) else sorted(glob.glob(one))
+        literal = is_url(one) or os.path.exists(one) or not glob.has_magic(one)
+        found += [one] if literal else sorted(file for file in glob.glob(one) if os.path.isfile(file))
     return found
 
 
@@ -39,23 +48,54 @@ def members(url: str) -> Iterator[tuple[str, Callable[[], io.IOBase]]]:
     with _Url(url) if is_url(url) else open(url, "rb") as raw:
         buffered = io.BufferedReader(raw, 2**20) if is_url(url) else raw
         with tarfile.open(fileobj=buffered, mode="r|*", tarinfo=_Strict) as archive:
+            kept: OrderedDict[str, bytes] = OrderedDict()  # what a link may still point at
             for member in archive:
+                if hidden(member.name):
+                    continue
                 if member.isfile():
                     content = archive.extractfile(member).read()
                     if len(content) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
-                    yield member.name, lambda content=content: io.BytesIO(content)
+                    kept[_name(member.name)] = content
+                    while sum(map(len, kept.values())) > KEPT and len(kept) > 1:
+                        kept.popitem(last=False)
+                    yield member.name, partial(io.BytesIO, content)
+                elif (target := _target(member)) is not None:
+                    found = kept.get(target)
+                    yield member.name, partial(_lost, target) if found is None else partial(io.BytesIO, found)
 
 
 def sections(tar: Path) -> Iterator[tuple[str, Callable[[], io.IOBase]]]:
     """Name of the files of a local uncompressed archive, and each as a part of that file. Raises one of BROKEN."""
     whole = tar.stat().st_size
+    places: dict[str, tuple[int, int]] = {}
     with tarfile.open(tar, "r:", tarinfo=_Strict) as archive:
         for member in archive:
+            if hidden(member.name):
+                continue
             if member.isfile():
                 if member.offset_data + member.size > whole:
                     raise tarfile.ReadError("unexpected end of data")
+                places[_name(member.name)] = (member.offset_data, member.size)
                 yield member.name, partial(_section, tar, member.offset_data, member.size)
+            elif (target := _target(member)) is not None:
+                place = places.get(target)
+                yield member.name, partial(_lost, target) if place is None else partial(_section, tar, *place)
+
+
+def _target(member: tarfile.TarInfo) -> str | None:
+    """The member that a link stands for; None for what is no link."""
+    if member.islnk():
+        return _name(member.linkname)
+    return _name(posixpath.join(posixpath.dirname(member.name), member.linkname)) if member.issym() else None
+
+
+def _name(name: str) -> str:
+    return posixpath.normpath(name)
+
+
+def _lost(target: str) -> io.IOBase:
+    raise OSError(f"a link to {target}, which the archive lacks, or has too far away for a stream")
 
 
 def _section(tar: Path, start: int, size: int) -> io.BufferedReader:
