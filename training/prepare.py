@@ -30,8 +30,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from training.data import DataOptions, at_resolution, default_spec, source_of
-from training.data.base import FEW, cache_settings, check_skipped, encoder_of, sift
-from training.data.latents import META, NO_PROMPT, Encoder, Sample, Size, read_index, write_shard, write_whole
+from training.data.base import FEW, cache_settings, check_skipped, encoder_of, is_drawn, sift
+from training.data.latents import META, NO_PROMPT, Encoder, Size, make, read_index, write_shard, write_whole
 from training.data.samples import SHARDS, read_meta, shards_of
 from training.data.sources import Listing, Record, Skip
 from training.flags import add_flags
@@ -64,13 +64,14 @@ class Preparation:
             self.limit = math.ceil(options.max_samples / self.parts) if options.max_samples else None
         self.mine = range(rank, self.parts, world)
         self.made, self.kept, self.seen = 0, 0, 0  # samples made now, samples kept in all, records
+        self.cut = 0  # captions of kept samples that were longer than the text encoder reads
         self.skipped: list[Skip] = []
         self.filtered: dict[str, int] = {}
         self._claim(cache_settings(pipeline, options, self.source))
 
     def _claim(self, settings: dict) -> None:
         """Write what the folder is of, or see that it is that already. Raises ValueError for another set's folder."""
-        meta = {"version": 1, "spec": self.spec, "parts": self.parts, "shard_size": self.shard_size, **settings}
+        meta = {"spec": self.spec, "parts": self.parts, "shard_size": self.shard_size, **settings}
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / META).is_file():
             found = read_meta(self.folder)
@@ -124,21 +125,16 @@ class Preparation:
                 filtered[verdict] = filtered.get(verdict, 0) + 1
             else:
                 chosen.append((number, record, verdict))
-        samples = self.encoder([record for _, record, _ in chosen], [size for _, _, size in chosen])
-        made: list[tuple[int, Record, Sample]] = []
-        for (number, record, _), sample in zip(chosen, samples, strict=True):
-            if isinstance(sample, Skip):
-                skipped.append(sample)
-            else:
-                made.append((number, record, sample))
-        for skip in skipped:
+        made = make(self.encoder, chosen)
+        for skip in (*skipped, *made.bad):
             logging.warning("skipped %s: %s", skip.name, skip.reason)
         write_shard(self.folder, shard, made, skipped, filtered)
-        self.made += len(made)
+        self.made += len(made.good)
 
     def _count(self, index: dict) -> None:
         self.skipped += [Skip(*one) for one in index["skipped"]]
         self.kept += len(index["samples"])
+        self.cut += index.get("cut", 0)
         for reason, count in index["filtered"].items():
             self.filtered[reason] = self.filtered.get(reason, 0) + count
         self.seen += len(index["samples"]) + len(index["skipped"]) + sum(index["filtered"].values())
@@ -194,18 +190,20 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device(given.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
     place = resolve(given.teacher, given.revision, given.download_teacher)
-    pipeline = load_pipeline(place, device, DTYPES[given.dtype])
-    pipeline.source = given.teacher
     unet = given.teacher_dtype or ("bf16" if device.type == "cuda" else None)
-    if unet:
-        pipeline.unet.to(DTYPES[unet])
+    pipeline = load_pipeline(place, "cpu", unet_dtype=DTYPES[unet] if unet else None)
+    pipeline.source = given.teacher
     spec = given.data or default_spec(pipeline)
     options = at_resolution(options, pipeline)
+    pipeline.encoders_to(device, DTYPES[given.dtype])
     work = Preparation(spec, pipeline, options, given.output_dir, given.shard_size, given.rank, given.world)
+    if is_drawn(work.source):
+        pipeline.unet.to(device)
     quiet = None if given.rank == 0 else True
     for _ in tqdm(work.run(), "shards", disable=quiet):
         pass
     filtered = "".join(f", {count} {reason}" for reason, count in work.filtered.items())
+    filtered += f", {work.cut} with captions cut at 77 tokens" if work.cut else ""
     print(f"{work.kept} samples ({work.made} made now), {len(work.skipped)} skipped{filtered} -> {given.output_dir}")
     for skip in work.skipped:
         print(f"  skipped {skip.name}: {skip.reason}")

@@ -20,6 +20,7 @@ from training.data import DataOptions, at_resolution, open_data
 from training.data.latents import Encoder
 from training.models.load import load_pipeline
 from training.prepare import Preparation, parse, share
+from training.prepare import prepare as prepare_as_told
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -84,6 +85,17 @@ def test_training_on_a_prepared_set_calls_no_encoder(pipeline, pictures, tmp_pat
     distances = (latents[:, None] - expected[0][None]).abs().amax((2, 3, 4))  # the same samples in another order
     assert (distances.amin(1) < 1e-5).sum() >= 10
     assert f"{COUNT - 2} samples, 2 held out" in data.describe()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_set_made_in_half_precision_is_of_the_same_teacher(tiny_pipeline, pipeline, pictures, tmp_path, dtype):
+    arguments = command(tiny_pipeline, pictures, tmp_path / "set", "--dtype", dtype, "--device", "cpu")[2:]
+    prepare_as_told(*parse(arguments))
+    latents, conditioning = open_data(str(tmp_path / "set"), pipeline, DataOptions(), 4, 0).batch(range(12))
+    wanted = open_data(str(pictures), pipeline, DataOptions(cache_dir=tmp_path / "cache"), 4, 0).batch(range(12))
+    for one in latents:
+        assert (wanted[0] - one).abs().amax((1, 2, 3)).min() < 0.1 * one.std()
+    assert latents.isfinite().all() and conditioning["encoder_hidden_states"].isfinite().all()
 
 
 def test_kill_9_keeps_what_was_finished(tiny_pipeline, pipeline, pictures, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +23,20 @@ log = logging.getLogger(__name__)
 FEW = 50  # records below which a share of skipped ones says nothing yet
 
 
+@dataclass(frozen=True)
+class Share:
+    """This process's part of what all processes of a run make together; `wait` returns when all have called it."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
 class TrainingData:
     """Samples by index. `skipped`: bad records met so far; `filtered`: how many a filter of the options left out."""
 
-    needs_encoders = True  # whether VAE and text encoders (for prompts, the UNet) are called by `batch`
+    needs_encoders = True  # whether VAE and text encoders are called by `batch`
+    cut = 0  # captions, of the samples met so far, that are longer than the text encoder reads
 
     def __init__(self, spec: str, options: DataOptions, batch_size: int, seed: int, device: torch.device) -> None:
         self.spec, self.options, self.batch_size, self.seed, self.device = spec, options, batch_size, seed, device
@@ -44,6 +55,13 @@ class TrainingData:
     def held_out(self, n: int) -> tuple[Tensor, Conditioning]:
         """The first n samples of those that are never trained on, or as many as there are; all of one size."""
         return self._collate(self._held_out(n), None)
+
+    def make(self, samples: int, held_out: int, share: Share) -> None:
+        """Make, and keep, what the first `samples` of a run and the first held-out ones are, where that can be done.
+
+        The teacher's UNet is asked here and never later. Called once, by every process of the run.
+        """
+        share.wait()
 
     def describe(self) -> str:
         """One line for the log."""
@@ -80,7 +98,9 @@ class TrainingData:
 
     def _left_out(self) -> str:
         parts = [f"{count} {reason}" for reason, count in self.filtered.items()]
-        return "".join(f", {part}" for part in [*parts, *([f"{len(self.skipped)} skipped"] if self.skipped else [])])
+        parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        parts += [f"{self.cut} with captions cut at 77 tokens"] if self.cut else []
+        return "".join(f", {part}" for part in parts)
 
 
 def sift(record: Record, options: DataOptions) -> Size | Skip | str:
@@ -143,17 +163,22 @@ def encoder_of(pipeline: Pipeline, options: DataOptions) -> Encoder:
 
 def cache_settings(pipeline: Pipeline, options: DataOptions, source: Source) -> dict:
     """All that cached samples depend on; its digest is the cache's key."""
-    drawn = isinstance(source, Listing) and isinstance(source[0], Record) and source[0].picture is None
     settings = {
+        "version": 2,  # in the first, a LoRA's pictures of prompts were drawn by the student
         "fingerprint": pipeline.fingerprint(),
         "source": source.identity,
         **{name: getattr(options, name) for name in ("resolution", "crop", "flip", "buckets", "cache_dtype")},
         **{name: getattr(options, name) for name in ("min_size", "min_aesthetic", "max_watermark", "max_samples")},
     }
-    if drawn:
+    if is_drawn(source):
         settings |= {name: getattr(options, name) for name in ("prompt_steps", "prompt_guidance_scale")}
         settings["teacher"] = unet_hash(pipeline.unet)
     return settings
+
+
+def is_drawn(source: Source) -> bool:
+    """Whether its pictures are the teacher's own, of prompts."""
+    return isinstance(source, Listing) and isinstance(source[0], Record) and source[0].picture is None
 
 
 def unet_hash(unet: torch.nn.Module) -> str:

@@ -55,6 +55,10 @@ class Encoder:
         found = self.pipeline.unconditional()
         return {key: value[0].to(DTYPES[self.dtype]).cpu() for key, value in found.items() if key != "time_ids"}
 
+    def cut(self, records: Sequence[Record]) -> int:
+        """How many of the records' captions are longer than the text encoder reads."""
+        return self.pipeline.too_long([record.caption for record in records])
+
     def bytes_per_sample(self, size: Size) -> int:
         """By arithmetic: latents at this size, mirrored ones too, and the text embeddings."""
         scale = self.pipeline.vae_scale
@@ -111,6 +115,23 @@ class Encoder:
         return Skip(name, f"{' and '.join(bad)} not finite in {self.dtype}") if bad else kept
 
 
+@dataclass(frozen=True)
+class Made:
+    """What became of some records: the good ones as (number, record, sample), the bad ones, and captions cut."""
+
+    good: list[tuple[int, Record, Sample]]
+    bad: list[Skip]
+    cut: int
+
+
+def make(encoder: Encoder, chosen: Sequence[tuple[int, Record, Size]]) -> Made:
+    """Samples of (number, record, size): all that is encoded and kept goes through here."""
+    records = [record for _, record, _ in chosen]
+    samples = encoder(records, [size for _, _, size in chosen])
+    good = [(n, record, one) for (n, record, _), one in zip(chosen, samples, strict=True) if not isinstance(one, Skip)]
+    return Made(good, [one for one in samples if isinstance(one, Skip)], encoder.cut([record for _, record, _ in good]))
+
+
 @torch.no_grad()
 def teacher_latents(
     pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], size: Size, steps: int, guidance_scale: float
@@ -136,14 +157,17 @@ def teacher_latents(
 def write_shard(
     folder: Path,
     shard: str,
-    made: Sequence[tuple[int, Record, Sample]],
-    skipped: Sequence[Skip],
-    filtered: Mapping[str, int],
+    made: Made,
+    skipped: Sequence[Skip] = (),
+    filtered: Mapping[str, int] | None = None,
 ) -> None:
-    """SHARD.tar with the (number, record, sample)s, and SHARD.json: what is where, and what was left out for what."""
+    """SHARD.tar with the samples, and SHARD.json: what is where, what was left out for what, how many were cut.
+
+    skipped, filtered: of the shard's records, those that were not even tried.
+    """
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
-        for number, record, sample in made:
+        for number, record, sample in made.good:
             key = f"{shard}-{number:05d}"
             said = json.dumps({"name": record.name, "caption": record.caption}).encode()
             for field, data in (("safetensors", save(sample)), ("json", said)):
@@ -155,9 +179,10 @@ def write_shard(
         places = [[member.offset_data, member.size] for member in archive if member.name.endswith(".safetensors")]
     rows = [
         {"number": number, "name": record.name, "at": at, "shape": list(sample["latents"].shape)}
-        for (number, record, sample), at in zip(made, places, strict=True)
+        for (number, record, sample), at in zip(made.good, places, strict=True)
     ]
-    index = {"samples": rows, "skipped": [[one.name, one.reason] for one in skipped], "filtered": dict(filtered)}
+    bad = [[one.name, one.reason] for one in (*skipped, *made.bad)]
+    index = {"samples": rows, "skipped": bad, "filtered": dict(filtered or {}), "cut": made.cut}
     write_whole(folder / f"{shard}.tar", content.getvalue())
     write_whole(folder / f"{shard}.json", json.dumps(index).encode())
 

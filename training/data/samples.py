@@ -12,19 +12,31 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..models.pipeline import Pipeline
-from .base import FEW, TrainingData, cache_folder, cache_settings, check_skipped, encoder_of, sift
+from .base import (
+    FEW,
+    Share,
+    TrainingData,
+    cache_folder,
+    cache_settings,
+    check_skipped,
+    encoder_of,
+    is_drawn,
+    sift,
+)
 from .latents import (
     GROUP,
     META,
     NO_PROMPT,
     Sample,
     Size,
+    make,
     read_index,
     read_sample,
     write_shard,
@@ -91,6 +103,7 @@ class RecordData(KnownData):
     ) -> None:
         super().__init__(spec, options, batch_size, seed, pipeline.device)
         self.source, self.encoder = source, encoder_of(pipeline, options)
+        self._met: dict[int, tuple[frozenset[int], int]] = {}  # of a group: the good ones, how many captions were cut
         if options.caption_drop:
             self.no_prompt = self.encoder.no_prompt()
         order = torch.arange(len(source))
@@ -102,7 +115,9 @@ class RecordData(KnownData):
         for number, (_, size) in enumerate(self._kept):
             sizes[size].append(number)
         self._arrange({size: torch.tensor(ids) for size, ids in sizes.items() if ids})
+        self.drawn, self._closed, self._writes = is_drawn(source), False, True
         self._memory: OrderedDict[int, dict[int, Sample]] = OrderedDict()
+        self._pinned: dict[int, dict[int, Sample]] = {}  # groups that are nowhere else and cannot be made again
         self._bytes = self.encoder.bytes_per_sample((options.resolution,) * 2)
         self.folder = self._choose_folder(pipeline)
 
@@ -147,35 +162,127 @@ class RecordData(KnownData):
             write_whole(folder / "settings.json", json.dumps({"spec": self.spec, **settings}, indent=2).encode())
         return folder
 
+    @property
+    def cut(self) -> int:
+        return sum(cut for _, cut in self._met.values())
+
+    @property
+    def needs_encoders(self) -> bool:
+        return not self._closed
+
+    def make(self, samples: int, held_out: int, share: Share) -> None:
+        """See TrainingData. Pictures of files that neither disk nor memory can keep are left for when they are needed.
+
+        Raises ValueError for pictures of the teacher's that memory cannot keep.
+        """
+        places = self._places(samples, share)
+        held = (self._held if len(self._held) else self._buckets[-1])[:held_out].tolist()
+        groups = sorted({int(self._buckets[b][p]) // GROUP for b, p in places} | {number // GROUP for number in held})
+        keeps = self.folder is not None or self._fits(len(groups))
+        if keeps:
+            # What lies on disk is made by shares; in memory each process makes its own.
+            for group in self._progress(groups[share.rank :: share.world] if self.folder else groups):
+                self._meet(group)
+        share.wait()
+        if not keeps:
+            return
+        for group in groups:  # what another process left on a disk of its own is made here, too
+            self._meet(group)
+        for bucket, position in places:
+            self._stand_in(self._buckets[bucket], position)
+        if held and not any(number % GROUP in self._meet(number // GROUP) for number in held):
+            self._stand_in(self._held if len(self._held) else self._buckets[-1], 0)
+        self._closed = self.drawn or self._writes
+
+    def _places(self, samples: int, share: Share) -> list[tuple[int, int]]:
+        """(bucket, position) of all that a run's first samples are; of this process's alone, if nothing is on disk."""
+        each, found = max(1, self.batch_size // share.world), dict[tuple[int, int], None]()
+        for index in range(samples):
+            if self.folder or index // each % share.world == share.rank:
+                found[self._order.place(index)] = None
+                if len(found) == self._count:
+                    break
+        return list(found)
+
+    def _fits(self, groups: int) -> bool:
+        """Whether that many can be kept in memory. Raises ValueError if they must be and cannot."""
+        needed = groups * GROUP * self._bytes
+        if self.drawn and needed > max(MEMORY, psutil.virtual_memory().available / 2):
+            raise ValueError(
+                f"{self.spec}: the teacher's pictures take {needed / 1e9:.1f} GB as latents, more than memory can "
+                f"keep. Name a --cache-dir with room for them, or take fewer with --max-samples."
+            )
+        return self.drawn or needed <= MEMORY
+
+    def _progress(self, groups: Sequence[int]) -> Iterator[int]:
+        what = "drawing" if self.drawn else "encoding"
+        return iter(tqdm(groups, f"{what} {self.spec}", disable=None if len(groups) > 8 else True))
+
+    def _stand_in(self, ids: Tensor, position: int) -> None:
+        """Make what `_good` takes in place of a bad sample."""
+        for further in range(len(ids)):
+            group, at = divmod(int(ids[(position + further) % len(ids)]), GROUP)
+            if at in self._meet(group):
+                return
+
+    def _meet(self, group: int) -> frozenset[int]:
+        """The positions of a group's good samples, which are made and kept if they are not yet."""
+        if group not in self._met:
+            index = read_index(self.folder, f"{group:08d}") if self.folder else None
+            if index is not None:
+                self._note(group, index)
+            else:
+                self._remember(group, self._make(group))
+        return self._met[group][0]
+
+    def _note(self, group: int, index: dict) -> None:
+        self._met[group] = frozenset(row["number"] for row in index["samples"]), index.get("cut", 0)
+        self._skip_again([Skip(*one) for one in index["skipped"]])
+
     def _get(self, number: int) -> Sample | None:
         group, position = divmod(number, GROUP)
+        if group in self._pinned:
+            return self._pinned[group].get(position)
         if group not in self._memory:
-            self._memory[group] = self._group(group)
-            if len(self._memory) * GROUP * self._bytes > MEMORY:
-                self._memory.popitem(last=False)
-        self._memory.move_to_end(group)
-        return self._memory[group].get(position)
+            self._remember(group, self._group(group))
+        if group in self._memory:
+            self._memory.move_to_end(group)
+        return (self._memory.get(group) or self._pinned.get(group, {})).get(position)
+
+    def _remember(self, group: int, samples: dict[int, Sample]) -> None:
+        if self.drawn and (self.folder is None or read_index(self.folder, f"{group:08d}") is None):
+            self._pinned[group] = samples
+            return
+        self._memory[group] = samples
+        if len(self._memory) * GROUP * self._bytes > MEMORY:
+            self._memory.popitem(last=False)
 
     def _group(self, group: int) -> dict[int, Sample]:
         """Position and sample of one group's good records: from disk, or made now."""
         shard = f"{group:08d}"
         index = read_index(self.folder, shard) if self.folder else None
-        if index is not None:
-            self._skip_again([Skip(*one) for one in index["skipped"]])
-            return {row["number"]: read_sample(self.folder, shard, row["at"]) for row in index["samples"]}
+        if index is None:
+            return self._make(group)
+        self._note(group, index)
+        return {row["number"]: read_sample(self.folder, shard, row["at"]) for row in index["samples"]}
+
+    def _make(self, group: int) -> dict[int, Sample]:
+        if self.drawn and self._closed:
+            raise ValueError(
+                f"{self.spec}: {self.source[self._kept[group * GROUP][0]].name} was not drawn before training, or its "
+                f"file in {self.folder} is gone. Start again with --resume-from-checkpoint latest."
+            )
         chosen = self._kept[group * GROUP : (group + 1) * GROUP]
-        records = [self.source[number] for number, _ in chosen]
-        made = self.encoder(records, [size for _, size in chosen])
-        bad = [one for one in made if isinstance(one, Skip)]
-        good = [(at, records[at], one) for at, one in enumerate(made) if not isinstance(one, Skip)]
-        if self.folder:
+        made = make(self.encoder, [(at, self.source[number], size) for at, (number, size) in enumerate(chosen)])
+        if self.folder and self._writes:
             try:
-                write_shard(self.folder, shard, good, bad, {})
+                write_shard(self.folder, f"{group:08d}", made)
             except OSError as error:
                 log.warning("latents are no longer cached: %s: %s", self.folder, error)
-                self.folder = None
-        self._skip_again(bad)
-        return {at: sample for at, _, sample in good}
+                self._writes = False
+        self._met[group] = frozenset(at for at, _, _ in made.good), made.cut
+        self._skip_again(made.bad)
+        return {at: sample for at, _, sample in made.good}
 
     def _skip_again(self, bad: list[Skip]) -> None:
         for one in bad:
@@ -186,7 +293,8 @@ class RecordData(KnownData):
     def describe(self) -> str:
         size = f"{len(self._kept) * self._bytes / 1e9:.2g} GB"
         where = f"kept in {self.folder}" if self.folder else "kept in memory, up to 1 GB of them"
-        said = f"{self._counted()}; made when first needed, {size} of latents and text embeddings {where}"
+        made = "made before training" if self._closed else "made when first needed"
+        said = f"{self._counted()}; {made}, {size} of latents and text embeddings {where}"
         if self.spec == str(PROMPTS):
             said += (
                 ". These are pictures that the teacher makes of the shipped prompts; the paper trains on real ones: "
@@ -223,6 +331,7 @@ class PreparedData(KnownData):
             rows += [(len(self.shards), *row["at"]) for row in index["samples"]]
             sizes += [tuple(side * pipeline.vae_scale for side in row["shape"][-2:]) for row in index["samples"]]
             self.shards.append(shard)
+            self.cut += index.get("cut", 0)
             self.skipped += [Skip(*one) for one in index["skipped"]]
             for reason, count in index["filtered"].items():
                 self.filtered[reason] = self.filtered.get(reason, 0) + count
@@ -310,6 +419,8 @@ class StreamData(TrainingData):
                         self._check(final=False)
                     elif isinstance(verdict, str):
                         self.filtered[verdict] = self.filtered.get(verdict, 0) + 1
+                    else:
+                        self.cut += self.encoder.cut([record])
                 if isinstance(verdict, (Skip, str)):
                     continue
                 passed += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from splam_core import NoiseSchedule
 
 Conditioning = dict[str, Tensor]
+PIXELS = 512 * 512  # of the pictures that a VAE takes at once, or of one larger one: its own activations are large
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,6 +39,7 @@ class Pipeline:
     tokenizer_2: CLIPTokenizer | None = None
     zeros_for_empty: bool = False  # what SDXL's guidance takes for no prompt
     source: str = ""  # what was asked for
+    _fingerprint: str | None = field(default=None, repr=False)
 
     @property
     def prediction_type(self) -> str:
@@ -69,8 +71,12 @@ class Pipeline:
         """Flat UNet arguments of B prompts: "encoder_hidden_states" [B, 77, C], padded as Stable Diffusion does.
 
         SDXL adds "text_embeds" [B, C2] and "time_ids" [B, 6]: size (height, width in pixels; None: the model's own)
-        as original and target size, no crop.
+        as original and target size, no crop. In the encoders' own type, whatever autocast says.
         """
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self._encode(prompts, size)
+
+    def _encode(self, prompts: list[str], size: tuple[int, int] | None) -> Conditioning:
         if self.text_encoder_2 is None:
             hidden = self.text_encoder(self._tokens(self.tokenizer, self.text_encoder, prompts)).last_hidden_state
             return {"encoder_hidden_states": hidden.to(self.device)}
@@ -105,29 +111,59 @@ class Pipeline:
         )
         return tokens.input_ids.to(text_encoder.device)
 
+    def too_long(self, prompts: list[str]) -> int:
+        """How many prompts the text encoder sees only the first tokens of."""
+        most = self.text_encoder.config.max_position_embeddings
+        if not prompts:
+            return 0
+        # Cut one token later: transformers warns of what is not cut at all.
+        return sum(len(ids) > most for ids in self.tokenizer(prompts, truncation=True, max_length=most + 1).input_ids)
+
     @torch.no_grad()
     def latents(self, images: Tensor, batch_size: int = 16) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, 4, H/8, W/8] of unit scale (the posterior's mean)."""
-        parts = images.to(self.vae.device, self.vae.dtype).split(batch_size)
-        encoded = torch.cat([self.vae.encode(part).latent_dist.mean for part in parts])
-        return (encoded * self.vae.config.scaling_factor).to(self.device)
+        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, 4, H/8, W/8] of unit scale (the posterior's mean).
+
+        In the VAE's own type, whatever autocast says, and no more than PIXELS of pictures at once.
+        """
+        vae = self._vae()
+        with torch.autocast(vae.device.type, enabled=False):
+            parts = images.split(self._at_once(images.shape[-2] * images.shape[-1], batch_size))
+            means = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean for part in parts]
+            return (torch.cat(means) * vae.config.scaling_factor).to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
-        """Latents [B, 4, h, w] of unit scale to pictures [B, 3, 8h, 8w] in [-1, 1]."""
-        latents = latents.to(self.vae.device, self.vae.dtype)
-        parts = (latents / self.vae.config.scaling_factor).split(batch_size)
-        return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
+        """Latents [B, 4, h, w] of unit scale to pictures [B, 3, 8h, 8w] in [-1, 1], under `latents`'s rules."""
+        vae = self._vae()
+        with torch.autocast(vae.device.type, enabled=False):
+            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+            pixels = latents.shape[-2] * latents.shape[-1] * self.vae_scale**2
+            parts = latents.split(self._at_once(pixels, batch_size))
+            return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in parts])
 
-    def encoders_to(self, device: torch.device | str) -> None:
-        """Move VAE and text encoders, which cached data do not need; the UNet stays."""
+    def _vae(self) -> AutoencoderKL:
+        """The VAE, from now on in fp32 if it is in fp16 and overflows there (`force_upcast`, as SDXL's)."""
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            torch.nn.Module.to(self.vae, torch.float32)
+        return self.vae
+
+    def _at_once(self, pixels: int, most: int) -> int:
+        return max(1, min(most, PIXELS // pixels))
+
+    def encoders_to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move VAE and text encoders, which cached data do not need, and cast them to dtype; the UNet stays."""
+        if dtype is not None:
+            self.fingerprint()  # of what is on disk, before it is rounded
         for part in (self.vae, self.text_encoder, self.text_encoder_2):
             if part is not None:
-                part.to(device)
+                torch.nn.Module.to(part, device, dtype)
 
     def fingerprint(self) -> str:
-        """Hash of the VAE's and the text encoders' weights: equal ones make equal latents and embeddings."""
-        return weights_hash(self.vae, self.text_encoder, self.text_encoder_2)
+        """Hash of the VAE's and the text encoders' weights as they were loaded: equal ones make equal latents and
+        embeddings. For that of the weights on disk, load them in fp32."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_hash(self.vae, self.text_encoder, self.text_encoder_2)
+        return self._fingerprint
 
 
 def weights_hash(*modules: torch.nn.Module | None) -> str:

@@ -28,7 +28,8 @@ from splam_core import (
     sample_gamma,
 )
 
-from ..data import open_data
+from ..data.base import Share
+from ..data.phase import make_data
 from ..models.pipeline import Conditioning, Pipeline, unet_arguments
 from ..models.sampling import guided_output
 from .checkpoints import (
@@ -80,10 +81,17 @@ class Distillation:
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         mesh = sharding_mesh(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
-        self.data = open_data(config.data, pipeline, config.data_options, whole, config.seed + 1)
         self.negative = pipeline.unconditional()
-        if not self.data.needs_encoders and accelerator.device.type != "cpu":
-            pipeline.encoders_to("cpu")  # they come in for sheets only
+        self.data = make_data(
+            config.data,
+            pipeline,
+            config.data_options,
+            whole,
+            config.seed + 1,
+            whole * config.gradient_accumulation_steps * config.max_train_steps,
+            config.validation_samples,
+            Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        )  # now: with the networks, the teacher's UNet is no longer the teacher's alone
         # A LoRA is one on the teacher as it is computed with; whole weights begin as the teacher's own.
         dtype = base_dtype(config) if config.lora else torch.float32
         self.teacher_hash = weights_digest(pipeline.unet.state_dict(), dtype)
