@@ -21,13 +21,8 @@ EXTENSIONS = (
 )
 MAX_ASPECT = 2.0
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
-_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = (
-    256,
-    257,
-    258,
-    262,
-    339,
-)  # TIFF tags; a sample format of 2 is signed
+# TIFF tags; a sample format of 2 is signed.
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339
 Picture = Path | io.IOBase | np.ndarray | Image.Image
 
 

@@ -113,7 +113,8 @@ def open_source(
     raise FileNotFoundError(
         f"--data {spec} is nothing to train on: expected a folder of pictures (with .txt files beside them, "
         f"or a metadata.jsonl, .csv or .parquet), a folder that training/prepare.py filled, .tar files or URLs "
-        f"(a-{{000..099}}.tar), .parquet files, a Hugging Face dataset (owner/name), a .txt file with a prompt on each line, or 'embedded'"
+        f"(a-{{000..099}}.tar), .parquet files, a Hugging Face dataset (owner/name), a .txt file with a "
+        f"prompt on each line, or 'embedded'"
     )
 
 
