@@ -11,6 +11,10 @@ from PIL import Image, features
 
 from training.data.images import EXTENSIONS, load_picture, picture_size
 from training.data.sources import Record, Skip, open_source
+from training.run.config import parse
+from training.run.report import sample_prompts
+from training.scoring.embedded_scores import read_scene_captions
+from training.scoring.protocols import read_captions
 
 pytestmark = pytest.mark.train
 GREY = np.linspace(0, 1, 64 * 64).reshape(64, 64)
@@ -109,6 +113,20 @@ def test_a_byte_order_mark_is_no_part_of_captions_prompts_and_tables(tmp_path):
     archive(tmp_path / "b.tar", {"b.png": png(), "b.json": '\ufeff{"text": "an owl"}'.encode()})
     assert captions(tmp_path / "a.tar")["a.tar/a"] == "a fox"
     assert captions(tmp_path / "b.tar") == {"b.tar/b": "an owl"}
+
+
+def test_prompts_and_captions_of_runs_and_scores_are_read_alike(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa small red circle\r\na large\x85blue star\r\n".encode())
+    config = parse(["--teacher", "t", "--output-dir", "o", "--sample-prompts", str(file)])
+    assert [line.split() for line in sample_prompts(config)] == [
+        ["a", "small", "red", "circle"],
+        ["a", "large", "blue", "star"],
+    ]
+    assert read_captions(file) == ["a small red circle", "a large blue star"]
+    assert [str(caption) for caption in read_scene_captions(file)] == ["a small red circle", "a large blue star"]
+    (tmp_path / "captions.json").write_text('["a fox"]', encoding="utf-8-sig")
+    assert read_captions(tmp_path / "captions.json") == ["a fox"]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])

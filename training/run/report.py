@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.files import read_lines
 from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..pictures import save_sheet, to_images
@@ -36,7 +37,7 @@ SAMPLE_PROMPTS = (
 def sample_prompts(config: Config) -> list[str]:
     """The prompts of a run's sheets: of --sample-prompts, else scenes for the embedded teacher, else varied ones."""
     if config.sample_prompts:
-        lines = [line.strip() for line in config.sample_prompts.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_lines(config.sample_prompts)]
         prompts = [line for line in lines if line][:PROMPTS]
         if not prompts:
             raise ValueError(f"--sample-prompts {config.sample_prompts}: expected prompts, one a line; it has none")

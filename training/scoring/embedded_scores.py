@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.files import read_lines
 from ..models.teachers import ASSETS
 from ..pictures import to_tensor
 from ..scenes.judge import Judge, load_judge
@@ -48,10 +49,10 @@ def drawn_captions(seed: int, count: int) -> list[Caption]:
 def read_scene_captions(file: Path) -> list[Caption]:
     """One caption a line; blank lines are skipped. Raises ValueError naming file and line."""
     captions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if line.strip():
             try:
-                captions.append(parse_caption(line))
+                captions.append(parse_caption(" ".join(line.split())))
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from error
     if not captions:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..data.files import read_text
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -63,9 +65,9 @@ def read_captions(file: Path) -> list[str]:
         raise FileNotFoundError(
             f"{file} is not there; expected captions: one a line, or a COCO annotation file (.json)"
         )
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     try:
-        captions = _from_json(json.loads(text)) if file.suffix.lower() == ".json" else text.splitlines()
+        captions = _from_json(json.loads(text)) if file.suffix.lower() == ".json" else text.split("\n")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file}: expected a JSON list of captions, or COCO's annotations with 'id', 'image_id' and 'caption', "
