@@ -20,16 +20,17 @@ if __package__ in (None, ""):  # run by path
     __package__ = "training"
 
 import torch
-from diffusers import LCMScheduler
 from torch import Tensor
 
 from splam_core import load_file, read_metadata
 from training.models.files import ModelFiles, read_model, write_folder, write_single_file
-from training.models.lora import extract_lora, merge_lora, merged, save_lora
+from training.models.lora import extract_lora, lora_file, merged, read_lora, save_lora
 from training.models.pipeline import DTYPES
 from training.models.teachers import resolve
+from training.run.checkpoints import WRITE_ERRORS, why_not_written
 
 FORMS = ("diffusers", "single-file", "lora")
+_LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_", "oft_", "lycoris_")
 
 
 def read_source(
@@ -39,25 +40,21 @@ def read_source(
 
     Raises ValueError or FileNotFoundError naming what is missing.
     """
-    place = Path(source)
+    place = Path(source).expanduser()
     if (place / "state.json").is_file():
         return _read_checkpoint(place, base, role)
     place = resolve(source, revision)
-    if place.is_file() and _is_lora(place):
+    if _is_lora(place):
         if base is None:
             raise ValueError(f"{place} is a LoRA: name the model that it changes with --base")
-        model = _lcm_schedule(read_model(resolve(base)).folded(embedded))
-        unet = {key: weight.float() if weight.is_floating_point() else weight for key, weight in model.unet.items()}
-        merge_lora(unet, place)
-        return replace(model, unet=unet), None, 1.0
+        model = read_model(resolve(base)).folded(embedded).few_step()
+        return replace(model, unet=merged(_float(model.unet), read_lora(place), name=str(place))), None, 1.0
     model = read_model(place)
     had_projection = any("cond_proj" in key for key in model.unet)
     model = model.folded(embedded)
     if base is not None and not (model.vae and model.texts):
-        rest = read_model(resolve(base))
-        configs = {**rest.configs, "unet": model.configs["unet"]}
-        model = replace(rest, unet=model.unet, configs=configs)
-    return (_lcm_schedule(model) if had_projection else model), None, 1.0
+        model = model.with_parts_of(read_model(resolve(base)))
+    return (model.few_step() if had_projection else model), None, 1.0
 
 
 def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFiles, dict[str, Tensor] | None, float]:
@@ -67,30 +64,24 @@ def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFi
     if file is None:
         raise ValueError(f"{folder}: expected {role}.safetensors, found {sorted(f.name for f in folder.iterdir())}")
     weights = {key: weight for key, weight in load_file(file).items() if "cond_proj" not in key}  # zero at gamma = 1
-    model = _lcm_schedule(read_model(resolve(base or config["teacher"])))
+    model = read_model(resolve(base or config["teacher"])).few_step()
     if not config["lora"]:
         return replace(model, unet=weights), None, 1.0
     scale = (config["lora_alpha"] or config["lora_rank"]) / config["lora_rank"]
-    unet = merged({key: weight.float() for key, weight in model.unet.items()}, weights, scale)
+    unet = merged(_float(model.unet), weights, scale, str(file))
     return replace(model, unet=unet), weights, scale
 
 
-def _lcm_schedule(model: ModelFiles) -> ModelFiles:
-    """With the scheduler that samples a few-step model as it should, on the same noise schedule."""
-    scheduler = json.loads(LCMScheduler.from_config(model.configs["scheduler"]).to_json_string())
-    return replace(model, configs={**model.configs, "scheduler": scheduler})
+def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: weight.float() if weight.is_floating_point() else weight for key, weight in weights.items()}
 
 
-def _is_lora(file: Path) -> bool:
-    keys = load_file(file).keys() if file.stat().st_size < 1 << 20 else _keys(file)
-    return any("lora" in key or key.endswith((".diff", ".diff_b")) for key in keys)
-
-
-def _keys(file: Path) -> list[str]:
-    import safetensors
-
-    with safetensors.safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
+def _is_lora(place: Path) -> bool:
+    """By a folder's files, or by a file's keys; LyCORIS' kinds too, which are then refused by name."""
+    file = lora_file(place)
+    if place.is_dir():
+        return file is not None
+    return any(mark in key or key.endswith((".diff", ".diff_b")) for key in load_file(file) for mark in _LORA_MARKS)
 
 
 def export(options: argparse.Namespace) -> Path:
@@ -99,7 +90,7 @@ def export(options: argparse.Namespace) -> Path:
     if options.embedded_guidance == 1:
         embedded = "splam"
     model, lora, scale = read_source(options.source, options.base, embedded, options.role, options.revision)
-    dtype, output = options.dtype and DTYPES[options.dtype], Path(options.output)
+    dtype, output = options.dtype and DTYPES[options.dtype], Path(options.output).expanduser()
     if options.to == "lora":
         if lora is None:
             if options.base is None:
@@ -110,23 +101,16 @@ def export(options: argparse.Namespace) -> Path:
         return output
     if dtype:
         model = model.cast(dtype)
-    model = replace(
-        model,
-        vae={} if options.without_vae else model.vae,
-        texts=[] if options.without_text_encoder else model.texts,
-        configs={
-            part: settings
-            for part, settings in model.configs.items()
-            if not (options.without_vae and part == "vae")
-            and not (options.without_text_encoder and part.startswith("text_encoder"))
-        },
-    )
+    left_out = (("vae", options.without_vae), ("texts", options.without_text_encoder))
+    model = model.without(*(part for part, out in left_out if out))
     if options.to == "diffusers":
         if not model.vae or not model.texts:
             raise ValueError(
                 "a diffusers pipeline needs a VAE and text encoders: give --base for what SOURCE lacks, and leave "
                 "--without-vae and --without-text-encoder out"
             )
+        if output.is_file():
+            raise ValueError(f"--output {output} is a file: expected a folder, or nothing yet")
         if output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir()):
             raise ValueError(f"{output} exists and is no diffusers folder: name another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +123,7 @@ def export(options: argparse.Namespace) -> Path:
 
 def _kept_metadata(source: str) -> dict[str, str]:
     """What the source says of its making."""
-    place = Path(source)
+    place = Path(source).expanduser()
     kept = (
         "splam.method",
         "splam.skip",
@@ -160,6 +144,8 @@ def _kept_metadata(source: str) -> dict[str, str]:
 def _require_safetensors(output: Path) -> None:
     if output.suffix != ".safetensors":
         raise ValueError(f"--output {output}: expected the name of a .safetensors file")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: expected the name of a .safetensors file")
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -191,6 +177,10 @@ def main() -> int:
         print(export(options))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except WRITE_ERRORS as error:
+        output = Path(options.output).expanduser()
+        print(f"error: {output}: {why_not_written(error, output)}. Nothing of it is left.", file=sys.stderr)
         return 1
     return 0
 

@@ -80,7 +80,7 @@ def test_every_method_ends_in_a_folder_and_a_single_file(small, tiny_pipeline, t
     assert len(losses(out)) == 2 and all(0 < loss < 100 for loss in losses(out))
     single = load_file(out / "student.splam.safetensors")
     assert not [key for key in single if "cond_proj" in key]
-    unet, vae, text_encoder = ldm_to_diffusers(single, text_prefix="")
+    unet, vae, text_encoder = ldm_to_diffusers(single)
     for part, file in (
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),

@@ -1,5 +1,9 @@
 """Any form of a model becomes any other, to the bit where the form allows."""
 
+import errno
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +12,9 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from splam_core.checkpoint import read_metadata
 from training.export import export, parser
@@ -17,6 +22,8 @@ from training.models.files import read_model, write_single_file
 from training.models.load import load_pipeline
 from training.models.lora import extract_lora
 from training.models.sampling import generate
+from training.models.teachers import EMBEDDED
+from training.run.config import complete
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -29,7 +36,11 @@ def converted(source, to, output, *more):
 
 def weights(folder):
     files = {part: list((folder / part).glob("*.safetensors")) for part in PARTS if (folder / part).is_dir()}
-    return {part: load_file(found[0]) for part, found in files.items()}
+    # transformers 5 writes names without "text_model.", the exporter with it.
+    return {
+        part: {key.removeprefix("text_model."): weight for key, weight in load_file(found[0]).items()}
+        for part, found in files.items()
+    }
 
 
 def same(one, other):
@@ -165,14 +176,19 @@ def test_parts_can_be_left_out(tiny_pipeline, tmp_path):
         (["TINY", "--to", "single_file", "--output", "x"], "invalid choice"),
         (["TINY", "--to", "single-file", "--output", "x.ckpt"], "expected the name of a .safetensors file"),
         (["TINY", "--to", "diffusers", "--output", "FULL"], "exists and is no diffusers folder"),
+        (["TINY", "--to", "diffusers", "--output", "FULL/thesis.txt"], "is a file: expected a folder"),
+        (["TINY", "--to", "diffusers", "--output", "FULL/thesis.txt/out"], "cannot be written"),
+        (["TINY", "--to", "single-file", "--output", "FULL/a.safetensors"], "is a folder: expected the name of"),
     ],
 )
 def test_bad_input_is_one_clear_error(tiny_pipeline, tmp_path, arguments, message, capsys, monkeypatch):
-    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.safetensors").mkdir(parents=True)
     (tmp_path / "full" / "thesis.txt").touch()
-    places = {"TINY": str(tiny_pipeline), "FULL": str(tmp_path / "full")}
+    places = {"TINY": str(tiny_pipeline)}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["export.py", *(places.get(one, one) for one in arguments)])
+    monkeypatch.setattr(
+        sys, "argv", ["export.py", *(places.get(one, one.replace("FULL", str(tmp_path / "full"))) for one in arguments)]
+    )
     from training.export import main
 
     try:
@@ -188,3 +204,87 @@ def test_it_runs_by_path(tiny_pipeline, tmp_path):
     result = subprocess.run([*command, "--output", str(tmp_path / "a.safetensors")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.safetensors").is_file()
+
+
+@pytest.mark.parametrize("teacher", ["tiny_pipeline", "tiny_xl"])
+def test_text_encoders_have_the_names_that_every_transformers_reads(request, tmp_path, teacher):
+    """Those of the published models: transformers 4 takes no others, and leaves weights that it misses at random."""
+    output = converted(request.getfixturevalue(teacher), "diffusers", tmp_path / "out")
+    for part in ("text_encoder", "text_encoder_2")[: 2 if teacher == "tiny_xl" else 1]:
+        keys = load_file(output / part / "model.safetensors").keys()
+        assert all(key.startswith("text_model.") for key in keys - {"text_projection.weight"}) and len(keys) > 10
+    for tokenizer in output.glob("tokenizer*"):
+        assert (tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()
+
+
+def test_a_tokenizer_of_transformers_5_is_written_for_4_too(tiny_pipeline, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline, folder)
+    shutil.rmtree(folder / "tokenizer")
+    CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer").save_pretrained(folder / "tokenizer")
+    written = converted(folder, "diffusers", tmp_path / "out") / "tokenizer"
+    assert json.loads((written / "vocab.json").read_text(encoding="utf-8")) == json.loads(
+        (EMBEDDED / "tokenizer" / "vocab.json").read_text(encoding="utf-8")
+    )
+    lines = [
+        file.read_text(encoding="utf-8").splitlines()
+        for file in (written / "merges.txt", EMBEDDED / "tokenizer" / "merges.txt")
+    ]
+    assert [line for line in lines[0] if line[1:]] == [line for line in lines[1] if line[1:]]
+
+
+def test_assets_have_those_names():
+    assert all(key.startswith("text_model.") for key in load_file(EMBEDDED / "text_encoder" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(("--to", "diffusers"), "out"), (("--to", "single-file"), "out.safetensors")],
+)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    tiny_pipeline, tmp_path, arguments, name, error, capsys, monkeypatch
+):
+    def full(tensors, file, metadata=None):
+        Path(file).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    command = ["export.py", str(tiny_pipeline), *arguments, "--output", str(tmp_path / name)]
+    monkeypatch.setattr(sys, "argv", command)
+    from training.export import main
+
+    assert main() == 1
+    assert re.search(r"^error: .*out.*: the disk is full \(\d+\.\d GB free\)", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [(), ("--lora", "--lora-rank", 2)])
+def test_a_full_disk_at_the_end_of_a_run_leaves_the_checkpoint_alone(small, tiny_pipeline, tmp_path, mode, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        for name in ("write_single_file", "save_lora"):
+            patch.setattr(f"training.run.publish.{name}", full)
+        with pytest.raises(ValueError, match=r"the disk is full.*last good checkpoint is .*checkpoint-1.*resume"):
+            small(tiny_pipeline, tmp_path, 1, *mode)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "checkpoint-1" in left and not left & {"pipeline", "pipeline.partial", "README.md", "curves.png"}
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.workflow.json"))
+    small(tiny_pipeline, tmp_path, 1, *mode, "--resume-from-checkpoint", "latest")
+    assert (tmp_path / "pipeline" / "model_index.json").is_file() and (tmp_path / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a\\b", "a:b"])
+def test_a_name_that_is_no_files_is_refused_before_training(name):
+    with pytest.raises(ValueError, match="--name must be a file's name without folders"):
+        complete({"teacher": "embedded", "name": name})
+
+
+def test_a_tilde_is_the_home_folder(tiny_pipeline, tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    made = converted("~/model", "single-file", "~/model.safetensors", "--base", "~/model")
+    assert made == tmp_path / "model.safetensors" and made.is_file()

@@ -1,12 +1,18 @@
 """One UNet with its adapters switched is teacher, target and student, and what leaves it is a LoRA for every host."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 from splam_core.checkpoint import read_metadata
+from training.export import export, parser
 from training.models.load import load_pipeline
+from training.models.lora import merged, read_lora
 from training.models.sampling import generate
 from training.run.config import parse
 from training.run.loop import Distillation
@@ -109,3 +115,117 @@ def test_a_lora_run_resumes_to_the_bit(small, tiny_pipeline, tmp_path):
     small(tiny_pipeline, tmp_path / "cut", 4, *options, *cut)
     one, other = (load_file(tmp_path / name / "student.splam-lora.safetensors") for name in ("whole", "cut"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@torch.no_grad()
+def test_the_sum_is_pefts(tiny_pipeline):
+    """In float64, to 1e-12, whatever the rank of a weight; peft's own merge is the reference."""
+    base = load_pipeline(tiny_pipeline).unet.double()
+    plain = {key: weight.clone() for key, weight in base.state_dict().items()}
+    base.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "conv1", "proj_in", "linear_1"]))
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            lora[name.replace(".default.", ".")] = weight.data
+    for layer in base.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    result = merged(plain, lora, 5 / 3)
+    expected = {
+        key.replace(".base_layer", ""): weight for key, weight in base.state_dict().items() if "lora_" not in key
+    }
+    assert result.keys() == expected.keys()
+    assert max((result[key] - expected[key]).abs().max() for key in expected) < 1e-12
+    assert sum(not torch.equal(result[key], plain[key]) for key in plain) == len(lora) / 2 > 8
+    half = merged({key: weight.half() for key, weight in plain.items()}, lora, 5 / 3)
+    assert all(weight.dtype == torch.float16 for weight in half.values())
+
+
+TARGETS = ["to_q", "conv1", "proj_in", "linear_1"]
+
+
+def peft_folder(folder, path, **settings):
+    """What peft's save_pretrained leaves of an adapter of random weights, and the UNet's output with it merged."""
+    torch.manual_seed(0)
+    pipeline = load_pipeline(folder)
+    adapted = get_peft_model(
+        pipeline.unet, LoraConfig(target_modules=TARGETS, **{"r": 4, "lora_alpha": 16, **settings})
+    )
+    for name, weight in adapted.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            weight.data = 0.05 * torch.randn(weight.shape)
+        elif "magnitude" in name:
+            weight.data *= 1 + 0.3 * torch.randn(weight.shape)
+    adapted.save_pretrained(path)
+    expected = adapted.merge_and_unload()
+    return {key: weight.detach().clone() for key, weight in expected.state_dict().items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"conv1": 3}, "rank_pattern": {"proj_in": 2}},
+    ],
+)
+@pytest.mark.parametrize("form", ["folder", "file", "diffusers"])
+def test_pefts_alpha_is_honoured(tiny_pipeline, tmp_path, settings, form):
+    """From adapter_config.json, or from the metadata that diffusers writes; peft's own merge is the reference."""
+    expected = peft_folder(tiny_pipeline, tmp_path / "adapter", **settings)
+    place = tmp_path / "adapter"
+    if form == "file":
+        place /= "adapter_model.safetensors"
+    elif form == "diffusers":
+        weights = load_file(place / "adapter_model.safetensors")
+        config = json.loads((place / "adapter_config.json").read_text())
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
+        place = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file({key.replace("base_model.model.", "unet."): w for key, w in weights.items()}, place, metadata)
+    plain = load_pipeline(tiny_pipeline).unet.state_dict()
+    found = merged(plain, read_lora(place))
+    assert all((found[key] - expected[key]).abs().max() < 2e-6 for key in expected)
+    assert sum(not torch.equal(found[key], plain[key]) for key in plain) > 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"peft_type": "LOHA"}, "peft's LOHA, expected LORA"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_exactly_are_refused(tiny_pipeline, tmp_path, settings, message):
+    peft_folder(tiny_pipeline, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: .*{message}"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["hada_w1_a", "hada_w1_b"], "only low-rank changes of a UNet"),
+        (["lora_down.weight", "lora_up.weight", "dora_scale"], "readers do not agree"),
+        (["lora_down.weight", "lora_mid.weight", "lora_up.weight"], "only low-rank changes of a UNet"),
+    ],
+)
+def test_kinds_of_kohyas_that_cannot_be_merged_exactly_are_refused(tmp_path, keys, message):
+    file = tmp_path / "other.safetensors"
+    save_file({f"lora_unet_time_embedding_linear_1.{key}": torch.ones(2, 2) for key in keys}, file)
+    with pytest.raises(ValueError, match=rf"other\.safetensors: .*{message}"):
+        read_lora(file)
+
+
+def test_a_peft_folder_is_exported(tiny_pipeline, tmp_path):
+    expected = peft_folder(tiny_pipeline, tmp_path / "adapter")
+    arguments = (tmp_path / "adapter", "--to", "diffusers", "--output", tmp_path / "out", "--base", tiny_pipeline)
+    export(parser().parse_args([str(one) for one in arguments]))
+    found = load_pipeline(tmp_path / "out").unet.state_dict()
+    assert all((found[key] - expected[key]).abs().max() < 2e-6 for key in expected)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,8 +15,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
 
+from splam_core import multiple_estimation, predict_epsilon, read_metadata
+from training.models.files import read_model, write_folder, write_single_file
 from training.models.hub import command, lacking, weights_of
+from training.models.load import load_pipeline
+from training.models.sampling import generate
 from training.models.teachers import EMBEDDED, TEACHERS, list_teachers, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,16 +111,8 @@ def _oid(file):
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-# teachers.py takes only names from pipeline.py, whose libraries are slow to import.
-LIGHT = """
-import sys, types
-sys.modules["training.models.pipeline"] = types.SimpleNamespace(NAMED={})
-"""
-
-
-def in_another_process(code, cache, address="http://127.0.0.1:9", light=True):
+def in_another_process(code, cache, address="http://127.0.0.1:9"):
     """Run `code` with the Hugging Face cache at `cache` and the hub at `address`, both read when it is imported."""
-    code = LIGHT * light + code
     environment = os.environ | {
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
@@ -132,12 +133,12 @@ def in_another_process(code, cache, address="http://127.0.0.1:9", light=True):
 FETCH = f"""
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}
-from training import teachers
+from training.models import teachers
 print(teachers.resolve({HOME!r}, download=True))
 """
 PRESET = f"""
 from dataclasses import replace
-from training import teachers
+from training.models import teachers
 teachers.TEACHERS["tiny"] = replace(teachers.TEACHERS["sd15"], repo={HOME!r}, mirror={MIRROR!r}, formerly=None)
 """
 
@@ -192,8 +193,8 @@ def test_a_cut_connection_is_resumed_where_it_broke(tiny_pipeline, tmp_path):
     assert kept > 0 and ranges[0] is None and ranges[1] == f"bytes={kept}-" and len(ranges) == 3
     assert not [path for _, path, _ in log if path.endswith(".bin")] and not list(folder.rglob("*.bin"))
     # Now it is here: without a server, and without being asked to download.
-    code = f"from training.models.pipeline import load_pipeline; print(load_pipeline({HOME!r}).latent_shape)"
-    result = in_another_process(code, tmp_path, light=False)
+    code = f"from training.models.load import load_pipeline; print(load_pipeline({HOME!r}).latent_shape)"
+    result = in_another_process(code, tmp_path)
     assert "(4, 16, 16)" in result.stdout, result.stderr
 
 
@@ -251,3 +252,197 @@ def test_presets_are_the_papers_and_are_printed():
     assert (sd21.skip, sd21.solver_skip, sd21.guidance_scale, sd21.loss_type) == (20, 20, 8.0, "l2")
     table = list_teachers()
     assert all(row.repo in table for row in TEACHERS.values())
+
+
+def test_a_text_encoder_that_lacks_weights_is_refused(tiny_pipeline, tmp_path):
+    """Never at random: what transformers warns of makes every picture wrong."""
+    folder, name = tmp_path / "model", "text_encoder/model.safetensors"
+    shutil.copytree(tiny_pipeline, folder)
+    weights = load_file(folder / name)
+    lacking = {key: weight for key, weight in weights.items() if "fc1" not in key}
+    for names in (lacking, {f"encoder.{key}": weight for key, weight in weights.items()}):
+        save_file(names, folder / name)
+        with pytest.raises(ValueError, match=r"text_encoder lacks \d+ weights .*encoder\.layers\.0\.|embeddings"):
+            load_pipeline(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_encoders_of_both_transformers_are_read(tiny_pipeline, tmp_path, prefix):
+    folder, name = tmp_path / "model", "text_encoder/model.safetensors"
+    shutil.copytree(tiny_pipeline, folder)
+    weights = {prefix + key.removeprefix("text_model."): w for key, w in load_file(folder / name).items()}
+    save_file({**weights, f"{prefix}embeddings.position_ids": torch.arange(77)[None]}, folder / name)
+    hashes = [load_pipeline(place).fingerprint() for place in (folder, tiny_pipeline)]
+    assert hashes[0] == hashes[1]
+
+
+def test_old_names_of_a_vaes_attention_are_read(tiny_pipeline, tmp_path):
+    """diffusers before 0.15 wrote them, and Stable Diffusion 1.5's folder has them."""
+    folder, name = tmp_path / "model", "vae/diffusion_pytorch_model.safetensors"
+    shutil.copytree(tiny_pipeline, folder)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, weight in load_file(folder / name).items():
+        new = next((one for one in old if f".{one}." in key), None)
+        renamed[key.replace(f".{new}.", f".{old[new]}.") if new else key] = weight
+    assert any(".proj_attn." in key for key in renamed)
+    save_file(renamed, folder / name)
+    hashes = [load_pipeline(place).fingerprint() for place in (folder, tiny_pipeline)]
+    assert hashes[0] == hashes[1]
+
+
+# --- Prediction types and schedules ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zero_snr(tiny_v, tmp_path_factory):
+    """A folder that predicts v on the schedule with zero terminal SNR."""
+    folder = tmp_path_factory.mktemp("zero-snr") / "pipeline"
+    shutil.copytree(tiny_v, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    more = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    return folder
+
+
+@pytest.fixture
+def marked(tiny_pipeline, tmp_path):
+    """marked(*keys, scheduler): a single file that says what it predicts by these keys alone, as NoobAI's do."""
+
+    def write(*keys, **settings):
+        write_single_file(read_model(tiny_pipeline), tmp_path / "plain.safetensors", "plain")
+        weights, metadata = load_file(tmp_path / "plain.safetensors"), read_metadata(tmp_path / "plain.safetensors")
+        kept = {key: value for key, value in metadata.items() if key.startswith("splam.")} | settings
+        if not settings:
+            kept.pop("splam.scheduler")
+        file = tmp_path / "marked.safetensors"
+        save_file(weights | {key: torch.zeros(0) for key in keys}, file, kept)
+        return file
+
+    return write
+
+
+def test_zero_terminal_snr_is_read_from_keys_and_from_folders(zero_snr, marked):
+    expected = DDIMScheduler.from_pretrained(zero_snr, subfolder="scheduler").alphas_cumprod
+    for place in (zero_snr, marked("v_pred", "ztsnr")):
+        pipeline = load_pipeline(place)
+        assert pipeline.prediction_type == "v_prediction" and pipeline.scheduler_config["rescale_betas_zero_snr"]
+        assert torch.allclose(pipeline.schedule.alphas_cumprod, expected, atol=1e-6)
+    assert load_pipeline(marked("v_pred")).schedule.alphas_cumprod[-1] > 1e-3
+
+
+def test_zero_terminal_snr_survives_every_form(zero_snr, marked, tmp_path):
+    for place in (zero_snr, marked("v_pred", "ztsnr")):
+        write_folder(read_model(place), tmp_path / "folder")
+        write_single_file(read_model(tmp_path / "folder"), tmp_path / "file.safetensors", "file")
+        assert {"v_pred", "ztsnr"} < load_file(tmp_path / "file.safetensors").keys()
+        for form in (tmp_path / "folder", tmp_path / "file.safetensors"):
+            pipeline = load_pipeline(form)
+            assert pipeline.prediction_type == "v_prediction" and pipeline.schedule.has_zero_terminal_snr
+
+
+@torch.no_grad()
+def test_zero_terminal_snr_is_sampled_and_solved_as_diffusers_does(zero_snr):
+    pipeline = load_pipeline(zero_snr)
+    ddim = DDIMScheduler.from_pretrained(zero_snr, subfolder="scheduler")
+    ddim.set_timesteps(10)
+    embeds = pipeline.encode(["a small red ring"])["encoder_hidden_states"]
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([999])
+
+    def v(x, t):
+        return pipeline.unet(x, t, embeds).sample
+
+    expected = ddim.step(v(x, t), 999, x).prev_sample
+
+    def teacher(x, t):
+        alpha, sigma = pipeline.schedule.alpha(t), pipeline.schedule.sigma(t)
+        return predict_epsilon(v(x, t), x, alpha, sigma, "v_prediction")
+
+    found = multiple_estimation(teacher, x, t, 100, 100, pipeline.schedule)
+    assert (found - expected).abs().max() < 1e-3
+    second = multiple_estimation(teacher, x, t, 100, 50, pipeline.schedule, solver="dpm-solver++")
+    assert second.isfinite().all() and (second - found).abs().max() < 1
+    few = [generate(pipeline, ["a small red ring"], [1], sampler, steps=2) for sampler in ("splam", "lcm")]
+    assert (few[0] - few[1]).abs().max() < 5e-3 * few[1].std()
+    assert generate(pipeline, ["a small red ring"], [1], "ddim", steps=5, guidance_scale=3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "--lora-rank", 2, "--recipe", "paper")])
+def test_zero_terminal_snr_is_trained_judged_and_exported(small, zero_snr, tmp_path, more):
+    small(zero_snr, tmp_path, 2, "--validation-samples", 4, *more)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 100 for line in lines)
+    scores = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[-1])
+    assert 0 < scores["validation/target/endpoint_error_999"] < 100
+    student = load_pipeline(tmp_path)
+    assert student.prediction_type == "v_prediction" and student.schedule.has_zero_terminal_snr
+    if not more:
+        assert {"v_pred", "ztsnr"} < load_file(tmp_path / "student.splam.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "settings", "message"),
+    [
+        (("edm_mean", "edm_std"), {}, "continuous noise levels"),
+        (("edm_vpred.sigma_max",), {}, "continuous noise levels"),
+        ((), {"splam.scheduler": json.dumps({"_class_name": "EDMEulerScheduler"})}, "continuous noise levels"),
+        (("ztsnr",), {}, "zero terminal SNR"),
+        ((), {"splam.scheduler": json.dumps({"prediction_type": "sample"})}, "predicts 'sample'"),
+    ],
+)
+def test_other_parametrisations_are_refused(marked, keys, settings, message):
+    with pytest.raises(ValueError, match=rf"marked\.safetensors: .*{message}"):
+        load_pipeline(marked(*keys, **settings))
+
+
+# --- What is no teacher ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "inpainting"), (8, "InstructPix2Pix")])
+def test_a_unet_that_reads_more_than_latents_is_refused(tiny_pipeline, tmp_path, channels, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline, folder)
+    config, name = folder / "unet" / "config.json", "unet/diffusion_pytorch_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": channels}))
+    weights = load_file(folder / name)
+    weights["conv_in.weight"] = torch.randn(32, channels, 3, 3)
+    save_file(weights, folder / name)
+    with pytest.raises(ValueError, match=rf"its UNet reads {channels} channels.*{kind}"):
+        load_pipeline(folder)
+    write_single_file(read_model(folder), tmp_path / "file.safetensors", "file")
+    with pytest.raises(ValueError, match=rf"its UNet reads {channels} channels.*{kind}"):
+        load_pipeline(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("unet", "mid_block.resnets.0.conv1.weight"), ("vae", "decoder.conv_in.bias"), ("text_encoder", "final_layer")],
+)
+def test_a_nan_is_named_before_training(tiny_pipeline, tmp_path, part, key):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    key = next(name for name in weights if key in name)
+    weights[key].view(-1)[3] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=rf"{part}: .*{re.escape(key.removeprefix('text_model.'))} holds NaN"):
+        load_pipeline(folder)
+
+
+def test_old_single_files_have_no_text_model_in_clips_keys(tiny_pipeline, tmp_path):
+    write_single_file(read_model(tiny_pipeline), tmp_path / "new.safetensors", "new")
+    weights, metadata = load_file(tmp_path / "new.safetensors"), read_metadata(tmp_path / "new.safetensors")
+    prefix = "cond_stage_model.transformer."
+    old = {key.replace(f"{prefix}text_model.", prefix): weight for key, weight in weights.items()}
+    save_file(old, tmp_path / "old.safetensors", metadata)
+    hashes = [load_pipeline(tmp_path / name).fingerprint() for name in ("old.safetensors", "new.safetensors")]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_pipeline_without_a_scheduler_is_refused(tiny_pipeline, tmp_path):
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "scheduler")
+    with pytest.raises(FileNotFoundError, match=r"expected scheduler/scheduler_config\.json"):
+        load_pipeline(tmp_path / "model")

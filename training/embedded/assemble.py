@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
-from ..models.files import drop_paths
+from splam_core import load_file
+
+from ..models.files import read_model, write_folder
 from ..models.teachers import ASSETS, EMBEDDED
 
 
@@ -25,11 +27,11 @@ def main() -> None:
     if args.student:
         shutil.copytree(args.student / "pipeline" / "unet", EMBEDDED / "student", dirs_exist_ok=True)
         return
-    shutil.copytree(args.run_dir / "pipeline", EMBEDDED, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokenizer"))
     # Not the autoencoder that the teacher was trained with, but the one whose decoder has been polished since.
-    vae = AutoencoderKL.from_pretrained(args.run_dir / "vae")
-    vae.to(torch.float16).save_pretrained(EMBEDDED / "vae")
-    drop_paths(EMBEDDED)
+    vae = load_file(args.run_dir / "vae" / "diffusion_pytorch_model.safetensors")
+    assembled = args.run_dir / "assembled"
+    write_folder(replace(read_model(args.run_dir / "pipeline"), vae=vae).cast(torch.float16), assembled)
+    shutil.copytree(assembled, EMBEDDED, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokenizer"))
     shutil.copy(args.run_dir / "judge.safetensors", ASSETS / "judge.safetensors")
     for file in ASSETS.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)

@@ -5,36 +5,38 @@ No network is built, so that what is only renamed stays the same to the bit.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from splam_core import fold_gamma, ldm_to_diffusers, load_file, read_metadata, save_file
-from splam_core.checkpoint import diffusers_to_ldm
+from splam_core import (
+    diffusers_to_ldm,
+    fold_gamma,
+    ldm_to_diffusers,
+    load_file,
+    load_files,
+    parametrisation_of,
+    read_metadata,
+    save_file,
+    weight_files,
+)
 from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
 
 from .architectures import ARCHITECTURES
-from .pipeline import Pipeline
 from .teachers import EMBEDDED
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 StateDict = dict[str, Tensor]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
-
-TEXT_WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
+WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
 _CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -43,8 +45,11 @@ _CLASSES = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }
-_PRIVATE = ("_name_or_path", "_use_default_values")  # where a model came from is nobody's business
+# Where a model came from is nobody's business, and its type is that of its weights.
+_LEFT_OUT = ("_name_or_path", "_use_default_values", "dtype", "torch_dtype")
 _SPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+# What diffusers before 0.15 called a VAE's attention layers, and many folders on the Hub still do.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,18 @@ class ModelFiles:
     texts: list[StateDict]
     family: str  # "sd1", "sd2" or "sdxl"
     configs: dict[str, dict]  # part -> config.json, "scheduler" -> scheduler_config.json
-    text_prefixes: list[str] = field(default_factory=list)  # what the text encoders' keys began with
-    tokenizers: list[Path] = field(default_factory=list)  # folders
+    tokenizers: list[Path] = field(default_factory=list)  # folders; none: CLIP's own
+    zeros_for_empty: bool = True  # what SDXL's guidance takes for no prompt
 
     @property
     def prediction_type(self) -> str:
         return self.configs["scheduler"].get("prediction_type", "epsilon")
+
+    @property
+    def resolution(self) -> int:
+        """The side of its pictures, in pixels."""
+        levels = len(self.configs.get("vae", ARCHITECTURES[self.family].vae)["block_out_channels"])
+        return (self.configs["unet"].get("sample_size") or 64) * 2 ** (levels - 1)
 
     def cast(self, dtype: torch.dtype) -> ModelFiles:
         def one(weights: StateDict) -> StateDict:
@@ -74,39 +85,74 @@ class ModelFiles:
         unet, found = fold_gamma(self.unet, embedded)
         if not found:
             return self
-        config = {**self.configs["unet"], "time_cond_proj_dim": None}
-        return replace(self, unet=unet, configs={**self.configs, "unet": config})
+        return replace(self, unet=unet, configs=self._with("unet", {"time_cond_proj_dim": None}))
+
+    def few_step(self) -> ModelFiles:
+        """With the scheduler that samples a few-step model as it should, on the same noise schedule."""
+        scheduler = json.loads(LCMScheduler.from_config(self.configs["scheduler"]).to_json_string())
+        return replace(self, configs={**self.configs, "scheduler": scheduler})
+
+    def with_parts_of(self, other: ModelFiles) -> ModelFiles:
+        """This UNet with everything else of another model."""
+        return replace(other, unet=self.unet, configs={**other.configs, "unet": self.configs["unet"]})
+
+    def without(self, *parts: str) -> ModelFiles:
+        """Without "vae" or "texts"."""
+        kept = {
+            name: settings
+            for name, settings in self.configs.items()
+            if not any(name == part or (part == "texts" and name.startswith("text_encoder")) for part in parts)
+        }
+        return replace(
+            self,
+            vae={} if "vae" in parts else self.vae,
+            texts=[] if "texts" in parts else self.texts,
+            configs=kept,
+        )
+
+    def _with(self, part: str, settings: dict) -> dict[str, dict]:
+        return {**self.configs, part: {**self.configs[part], **settings}}
 
 
 def read_model(place: Path) -> ModelFiles:
-    """A diffusers pipeline folder, a run's folder, a UNet folder or a single file. Raises ValueError naming it."""
-    if place.is_file():
-        return _read_single_file(place)
-    if (place / "pipeline" / "unet").is_dir():
-        place = place / "pipeline"
-    alone = any((place / name).is_file() for name in WEIGHTS) and not (place / "unet").is_dir()
-    unet_folder = place if alone else place / "unet"
-    unet, config = _weights(unet_folder, WEIGHTS), _json(unet_folder / "config.json")
-    if not unet or not config:
-        raise ValueError(
-            f"{place}: expected a diffusers folder with unet/config.json and {WEIGHTS[0]}, found "
-            f"{sorted(path.name for path in place.iterdir()) if place.is_dir() else 'nothing'}"
+    """A diffusers pipeline folder, a run's folder, a UNet folder or a single file.
+
+    Raises FileNotFoundError or ValueError, naming the file and what it lacks.
+    """
+    return _read_single_file(place) if place.is_file() else _read_folder(place)
+
+
+def _read_folder(folder: Path) -> ModelFiles:
+    if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
+        folder = folder / "pipeline"
+    alone = not (folder / "unet").is_dir() and bool(weight_files(folder, WEIGHTS))
+    unet_folder = folder if alone else folder / "unet"
+    if not (unet_folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
+            f"which training/distill.py finished, or a UNet folder (with config.json and {WEIGHTS}.safetensors), found "
+            f"{sorted(path.name for path in folder.iterdir()) if folder.is_dir() else 'nothing'}"
         )
-    configs, texts, prefixes, tokenizers = {"unet": config}, [], [], []
-    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        weights = {} if alone else _weights(place / name, TEXT_WEIGHTS)
-        if weights:
-            prefixes.append("text_model." if any(key.startswith("text_model.") for key in weights) else "")
-            texts.append({key.removeprefix("text_model."): weight for key, weight in weights.items()})
-            configs[name] = _json(place / name / "config.json")
-            tokenizers.append(place / tokenizer)
-    vae = {} if alone else _weights(place / "vae", WEIGHTS)
-    if vae:
-        configs["vae"] = _json(place / "vae" / "config.json")
-    family = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
-    family = "sd2" if family == "sd1" and config.get("cross_attention_dim") == 1024 else family
-    configs["scheduler"] = _json(place / "scheduler" / "scheduler_config.json") or ARCHITECTURES[family].scheduler
-    return ModelFiles(unet, vae, texts, family, configs, prefixes, tokenizers)
+    configs, texts, tokenizers = {"unet": _config(unet_folder)}, [], []
+    unet, vae = _weights(unet_folder, WEIGHTS), {}
+    family = "sdxl" if configs["unet"].get("addition_embed_type") == "text_time" else "sd1"
+    family = "sd2" if family == "sd1" and configs["unet"].get("cross_attention_dim") == 1024 else family
+    if not alone and (folder / "vae").is_dir():
+        vae, configs["vae"] = _renamed_attention(_weights(folder / "vae", WEIGHTS)), _config(folder / "vae")
+    for name in () if alone else ("text_encoder", "text_encoder_2"):
+        if (folder / name).is_dir():
+            texts.append(_bare(_weights(folder / name, TEXT_WEIGHTS)))
+            configs[name] = _config(folder / name)
+            tokenizers.append(folder / name.replace("text_encoder", "tokenizer"))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if not scheduler.is_file() and (vae or texts):
+        raise FileNotFoundError(
+            f"{folder}: expected scheduler/scheduler_config.json, which says what the UNet predicts and on which "
+            f"schedule, found none: fetch it"
+        )
+    configs["scheduler"] = _scheduler(folder, unet, {}, _json(scheduler), family)
+    zeros = bool(_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    return ModelFiles(unet, vae, texts, family, configs, tokenizers, zeros)
 
 
 def family_of_file(file: Path) -> str:
@@ -125,9 +171,8 @@ def _read_single_file(file: Path) -> ModelFiles:
         raise ValueError(f"{file}: {error}") from error
     architecture = ARCHITECTURES[family]
     configs = {
-        "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet),
-        "scheduler": known.get("scheduler")
-        or {**architecture.scheduler, "prediction_type": prediction_of(None, metadata, weights, family, unet)},
+        "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet | _inputs(unet)),
+        "scheduler": _scheduler(file, weights, metadata, known.get("scheduler", {}), family),
     }
     if vae:
         configs["vae"] = known.get("vae") or _full(AutoencoderKL, architecture.vae)
@@ -139,43 +184,57 @@ def _read_single_file(file: Path) -> ModelFiles:
             configs[name] = known.get(name) or architecture.clip(second=bool(number)).to_dict()
             layers = configs[name]["num_hidden_layers"]
             texts.append({key: w for key, w in text.items() if _layer(key) < layers and key != "logit_scale"})
-    prefixes = json.loads(metadata.get("splam.text_prefixes", "[]")) or ["text_model."] * len(texts)
-    return ModelFiles(unet, vae, texts, family, configs, prefixes)
+    for settings in configs.values():
+        for name in _LEFT_OUT:
+            settings.pop(name, None)
+    return ModelFiles(unet, vae, texts, family, configs)
 
 
 def write_folder(model: ModelFiles, folder: Path) -> None:
-    """A diffusers pipeline folder, which appears under its name only when it is whole."""
+    """A diffusers pipeline folder, which appears under its name only when it is whole.
+
+    Text encoders' names begin with "text_model.", as transformers 4 needs them and transformers 5 reads them too.
+    """
+    parts = [("unet", model.unet, WEIGHTS)] + ([("vae", model.vae, WEIGHTS)] if model.vae else [])
+    for name, weights in zip(("text_encoder", "text_encoder_2"), model.texts, strict=False):
+        # The projection stands outside the text model.
+        named = {key if key == "text_projection.weight" else f"text_model.{key}": w for key, w in weights.items()}
+        parts.append((name, named, TEXT_WEIGHTS))
+    index: dict = {"_class_name": "StableDiffusionXLPipeline" if model.family == "sdxl" else "StableDiffusionPipeline"}
+    with _whole(folder) as partial:
+        for name, weights, stem in parts:
+            (partial / name).mkdir(parents=True)
+            save_file(weights, partial / name / f"{stem}.safetensors")
+            _write_json(partial / name / "config.json", model.configs[name])
+            index[name] = _CLASSES[name]
+        for number in range(len(model.texts)):
+            name = "tokenizer_2" if number else "tokenizer"
+            _write_tokenizer(model, number, partial / name)
+            index[name] = _CLASSES[name]
+        (partial / "scheduler").mkdir()
+        scheduler = model.configs["scheduler"]
+        _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+        index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
+        if model.family == "sdxl":
+            index["force_zeros_for_empty_prompt"] = model.zeros_for_empty
+        else:
+            nothing = {"safety_checker": [None, None], "feature_extractor": [None, None]}
+            index |= {**nothing, "requires_safety_checker": False}
+        _write_json(partial / "model_index.json", index)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write into, which takes the folder's name at the end; of what fails nothing stays."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    parts = [("unet", model.unet, WEIGHTS[0])] + ([("vae", model.vae, WEIGHTS[0])] if model.vae else [])
-    for name, weights, prefix in zip(
-        ("text_encoder", "text_encoder_2"), model.texts, model.text_prefixes, strict=False
-    ):
-        # The projection stands outside the text model; where one has a prefix, the rest has it.
-        named = {key if key == "text_projection.weight" else prefix + key: w for key, w in weights.items()}
-        parts.append((name, named, TEXT_WEIGHTS[0]))
-    index: dict = {"_class_name": "StableDiffusionXLPipeline" if model.family == "sdxl" else "StableDiffusionPipeline"}
-    for name, weights, file in parts:
-        (partial / name).mkdir(parents=True)
-        save_file(weights, partial / name / file)
-        settings = {key: value for key, value in model.configs[name].items() if key not in _PRIVATE}
-        _write_json(partial / name / "config.json", settings)
-        index[name] = _CLASSES[name]
-    for number in range(len(model.texts)):
-        name = "tokenizer_2" if number else "tokenizer"
-        _write_tokenizer(model, number, partial / name)
-        index[name] = _CLASSES[name]
-    (partial / "scheduler").mkdir()
-    scheduler = model.configs["scheduler"]
-    _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
-    if model.family == "sdxl":
-        index["force_zeros_for_empty_prompt"] = True
-    else:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    _write_json(partial / "model_index.json", index)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_single_file(model: ModelFiles, file: Path, title: str, more: Mapping[str, str] | None = None) -> None:
@@ -184,17 +243,15 @@ def write_single_file(model: ModelFiles, file: Path, title: str, more: Mapping[s
     The configurations of the parts ride along as JSON, since shapes do not tell the number of attention heads.
     """
     state_dict = to_single_file(model.unet, model.vae or None, model.texts, model.family)
-    if model.family == "sdxl" and model.prediction_type == "v_prediction":
-        state_dict["v_pred"] = torch.zeros(0)  # how hosts are told
+    marks = parametrisation_of((), None, model.configs["scheduler"]).keys
+    state_dict |= {key: torch.zeros(0) for key in marks}  # how hosts, and SPLAM Loader, are told
     metadata = model_spec(model, title) | dict(more or {})
-    metadata["splam.text_prefixes"] = json.dumps(model.text_prefixes)
     metadata |= {f"splam.{part}": json.dumps(settings) for part, settings in model.configs.items()}
     save_file(state_dict, file, metadata)
 
 
 def model_spec(model: ModelFiles, title: str, kind: str = "") -> dict[str, str]:
     """ModelSpec 1.0.0 metadata; kind: "" for a checkpoint, "/lora" for a LoRA."""
-    side = model.configs["unet"].get("sample_size") or 64
     architecture = _SPEC[model.family]
     v = model.prediction_type == "v_prediction"
     if model.family == "sd2":
@@ -205,36 +262,93 @@ def model_spec(model: ModelFiles, title: str, kind: str = "") -> dict[str, str]:
         "modelspec.implementation": "diffusers" if kind else "sgm",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if v else "epsilon",
-        "modelspec.resolution": f"{8 * side}x{8 * side}",
+        "modelspec.resolution": f"{model.resolution}x{model.resolution}",
         "splam.family": model.family,
     }
 
 
+def tokenizer_of(model: ModelFiles, number: int) -> tuple[Path, dict[str, str]]:
+    """(folder, settings that it lacks) of a text encoder's tokenizer: the source's, or CLIP's own.
+
+    OpenCLIP's text encoders pad with "!".
+    """
+    if number < len(model.tokenizers) and model.tokenizers[number].is_dir():
+        return model.tokenizers[number], {}
+    return EMBEDDED / "tokenizer", {"pad_token": "!"} if PLACES[model.family][number][1] else {}
+
+
 def _write_tokenizer(model: ModelFiles, number: int, folder: Path) -> None:
-    """The source's tokenizer, or CLIP's own; OpenCLIP's text encoders pad with "!"."""
-    source = model.tokenizers[number] if number < len(model.tokenizers) else None
-    if source is not None and source.is_dir():
-        shutil.copytree(source, folder)
-        return
-    shutil.copytree(EMBEDDED / "tokenizer", folder)
-    if PLACES[model.family][number][1]:
-        settings = _json(folder / "tokenizer_config.json")
-        _write_json(folder / "tokenizer_config.json", settings | {"pad_token": "!"})
+    source, settings = tokenizer_of(model, number)
+    shutil.copytree(source, folder)
+    if settings:
+        _write_json(folder / "tokenizer_config.json", _json(folder / "tokenizer_config.json") | settings)
+    if not (folder / "vocab.json").is_file():  # transformers 4 reads no other than these two
+        tokens = _json(folder / "tokenizer.json")["model"]
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokens["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(tokens["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
 
 
-def _weights(folder: Path, names: tuple[str, str]) -> StateDict:
-    """A part's weights: whole, in shards, or fp16; {} if there are none."""
-    index = folder / f"{names[0]}.index.json"
-    if (folder / names[0]).is_file():
-        return _without_buffers(load_file(folder / names[0]))
-    if index.is_file():
-        shards = sorted(set(_json(index)["weight_map"].values()))
-        return _without_buffers({k: w for shard in shards for k, w in load_file(folder / shard).items()})
-    return _without_buffers(load_file(folder / names[1])) if (folder / names[1]).is_file() else {}
+def _weights(folder: Path, stem: str) -> StateDict:
+    """A part's weights: whole, in shards, or fp16."""
+    files = weight_files(folder, stem)
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors weights: expected {stem}.safetensors or {stem}.fp16.safetensors, found "
+            f"{sorted(file.name for file in folder.glob('*')) or 'nothing'}. Pickles (.bin) are not read: fetch the "
+            f"model's safetensors files."
+        )
+    return load_files(files)
 
 
-def _without_buffers(weights: StateDict) -> StateDict:
-    return {key: weight for key, weight in weights.items() if not key.endswith("position_ids")}
+def _scheduler(
+    place: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str], config: dict, family: str
+) -> dict:
+    """scheduler_config.json with what the whole model says that it predicts, and on which schedule."""
+    try:
+        said = parametrisation_of(weights, metadata, config)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    for contradiction in said.contradictions:
+        warnings.warn(f"{place}: {contradiction}", stacklevel=2)
+    zero = said.schedule is not None and said.schedule.has_zero_terminal_snr
+    # The last timestep is then all noise: one that "leading" leaves out.
+    known = config or ARCHITECTURES[family].scheduler | ({"timestep_spacing": "trailing"} if zero else {})
+    return {
+        **known,
+        "prediction_type": said.prediction_type or _usual_prediction(weights, family),
+        "rescale_betas_zero_snr": zero,
+    }
+
+
+def _usual_prediction(weights: Mapping[str, Tensor], family: str) -> str:
+    """Of a file that does not say. SD2.1's two files differ in nothing but their training: one predicts v at 768 px.
+
+    Known by diffusers and the hosts from the last layer norm's bias of the last block's self-attention.
+    """
+    probe = weights.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    # The v model's values spread wide (ComfyUI draws the same line, at 0.09).
+    return "v_prediction" if family == "sd2" and probe is not None and probe.float().std() > 0.09 else "epsilon"
+
+
+def _bare(text_encoder: StateDict) -> StateDict:
+    """Without "text_model." in front, which transformers 4 has and transformers 5 has not, and without buffers."""
+    named = {key.removeprefix("text_model."): weight for key, weight in text_encoder.items()}
+    return {key: weight for key, weight in named.items() if not key.endswith("position_ids")}
+
+
+def _renamed_attention(vae: StateDict) -> StateDict:
+    def renamed(key: str) -> str:
+        return re.sub(
+            r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", key
+        )
+
+    return {renamed(key): weight for key, weight in vae.items()}
+
+
+def _inputs(unet: StateDict) -> dict[str, int]:
+    """What the weights themselves tell of the configuration."""
+    return {"in_channels": unet["conv_in.weight"].shape[1]} if "conv_in.weight" in unet else {}
 
 
 def _full(kind: type, settings: dict) -> dict:
@@ -246,6 +360,10 @@ def _full(kind: type, settings: dict) -> dict:
 def _layer(key: str) -> int:
     parts = key.split(".")
     return int(parts[2]) if parts[:2] == ["encoder", "layers"] else -1
+
+
+def _config(folder: Path) -> dict:
+    return {key: value for key, value in _json(folder / "config.json").items() if key not in _LEFT_OUT}
 
 
 def _json(file: Path) -> dict:
@@ -275,54 +393,3 @@ def to_single_file(
 ) -> StateDict:
     """LDM state dict of diffusers parts; vae None and texts [] leave them out."""
     return diffusers_to_ldm(unet, vae) | (text_encoders_to_ldm(texts, family) if texts else {})
-
-
-def prediction_of(
-    asked: str | None, metadata: Mapping[str, str], weights: Mapping[str, Tensor], family: str, unet: StateDict
-) -> str:
-    """What the network predicts. SD2.1's two files differ in nothing but their training: one predicts v at 768 px.
-
-    Known by diffusers and the hosts from the last layer norm's bias of the last block's self-attention.
-    """
-    said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    if asked or said:
-        return {"v": "v_prediction", "epsilon": "epsilon"}.get(asked or said, asked or said)
-    if "v_pred" in weights:
-        return "v_prediction"
-    probe = weights.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
-    # The v model's values spread wide (ComfyUI draws the same line, at 0.09).
-    return "v_prediction" if family == "sd2" and probe is not None and probe.float().std() > 0.09 else "epsilon"
-
-
-def save_diffusers(pipeline: Pipeline, unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
-    """`unet` and the other parts of `pipeline` as a pipeline folder, which appears when it is whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    parts = {
-        "vae": copy.deepcopy(pipeline.vae),
-        "text_encoder": copy.deepcopy(pipeline.text_encoder),
-        "tokenizer": pipeline.tokenizer,
-        "unet": copy.deepcopy(unet),
-        # The schedule is the teacher's; the stock pipelines then sample the student as they should.
-        "scheduler": LCMScheduler.from_config(pipeline.scheduler_config),
-    }
-    if pipeline.text_encoder_2 is not None:
-        second = {"text_encoder_2": copy.deepcopy(pipeline.text_encoder_2), "tokenizer_2": pipeline.tokenizer_2}
-        whole = StableDiffusionXLPipeline(
-            **parts, **second, force_zeros_for_empty_prompt=pipeline.zeros_for_empty, add_watermarker=False
-        )
-    else:
-        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        whole = StableDiffusionPipeline(**parts, **nothing)
-    whole.to(dtype=dtype).save_pretrained(partial)
-    drop_paths(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def drop_paths(folder: Path) -> None:
-    """Take out of the configurations where on this machine their models were loaded from."""
-    for file in folder.rglob("config.json"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

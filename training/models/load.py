@@ -1,101 +1,24 @@
-"""A Pipeline from a diffusers folder or a single file."""
+"""A Pipeline from a model's files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from splam_core import NoiseSchedule, fold_gamma, ldm_to_diffusers
-from splam_core.checkpoint import read_metadata
-from splam_core.text_encoders import PLACES, text_encoder_from_ldm
+from splam_core import not_finite, parametrisation_of
 
-from .architectures import ARCHITECTURES
-from .files import PARTS, WEIGHTS, StateDict, family_of, prediction_of
+from .files import ModelFiles, read_model, tokenizer_of
 from .pipeline import Pipeline
 from .teachers import EMBEDDED, resolve
 
-
-def load_single_file(
-    file: Path, dtype: torch.dtype = torch.float32, embedded: str | float = "splam", prediction_type: str | None = None
-) -> Pipeline:
-    """A Pipeline of a single file of SD1.x, SD2.x or SDXL; a cond_proj in it is folded (`fold_gamma`'s `embedded`).
-
-    Metadata "splam.<part>" gives the configurations; without them the published ones of the family are taken.
-    prediction_type: of a file that does not say (ModelSpec metadata, or a "v_pred" key). A VAE or text encoder that
-    the file lacks is an error. Raises ValueError naming the file.
-    """
-    weights, metadata = load_file(file), read_metadata(file)
-    family = family_of(weights)
-    known = {part: json.loads(metadata[f"splam.{part}"]) for part in PARTS if f"splam.{part}" in metadata}
-    if "unet" in known and known["unet"].get("addition_embed_type") == "text_time":
-        family = "sdxl"
-    architecture = ARCHITECTURES[family]
-    try:
-        unet, vae, _ = ldm_to_diffusers(
-            {k: v for k, v in weights.items() if not k.startswith(("cond_", "conditioner"))}
-        )
-        texts = [text_encoder_from_ldm(weights, *place) for place in PLACES[family]]
-        lacking = [name for name, part in (("VAE", vae), *(("text encoder", text) for text in texts)) if not part]
-        if lacking:
-            raise ValueError(f"it has no {' and no '.join(lacking)}; a teacher needs all parts")
-        unet, _ = fold_gamma(unet, embedded)
-        scheduler = known.get("scheduler") or {**architecture.scheduler, "prediction_type": prediction_of(
-            prediction_type, metadata, weights, family, unet
-        )}  # fmt: skip
-        if "unet" in known:
-            known["unet"]["time_cond_proj_dim"] = None
-        parts = [
-            _build(UNet2DConditionModel.from_config(known.get("unet") or architecture.unet), unet, dtype),
-            _build(AutoencoderKL.from_config(known.get("vae") or architecture.vae), vae, dtype),
-            _build(CLIPTextModel(_clip(known.get("text_encoder"), architecture.clip())), texts[0], dtype),
-        ]
-        second = None
-        if family == "sdxl":
-            config = _clip(known.get("text_encoder_2"), architecture.clip(second=True))
-            second = _build(CLIPTextModelWithProjection(config), texts[1], dtype)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{file}: expected a Stable Diffusion 1.x, 2.x or XL checkpoint: {error}") from error
-    pad = {"pad_token": "!"}  # OpenCLIP's
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", **(pad if family == "sd2" else {}))
-    return Pipeline(
-        *parts,
-        tokenizer,
-        NoiseSchedule.from_config(scheduler),
-        scheduler,
-        second,
-        CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", **pad) if second is not None else None,
-        second is not None,
-        str(file),
-    )
-
-
-def load_text_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights named without "text_model." into whatever transformers calls them; a layer too many is left out."""
-    own = {key.removeprefix("text_model."): key for key in model.state_dict() if not key.endswith("position_ids")}
-    missing = sorted(own.keys() - weights.keys())
-    if missing:
-        raise ValueError(f"the text encoder lacks {len(missing)} weights, the first {missing[0]!r}")
-    model.load_state_dict({own[key]: weight for key, weight in weights.items() if key in own}, strict=False)
-
-
-def _build(model: torch.nn.Module, weights: StateDict, dtype: torch.dtype) -> torch.nn.Module:
-    model = model.to(dtype)
-    if isinstance(model, (CLIPTextModel, CLIPTextModelWithProjection)):
-        load_text_weights(model, weights)
-    else:
-        model.load_state_dict(weights)
-    return model
-
-
-def _clip(known: dict | None, default: CLIPTextConfig) -> CLIPTextConfig:
-    return CLIPTextConfig.from_dict(known) if known else default
+LATENT_CHANNELS = 4
+_KINDS = {8: ", as InstructPix2Pix does", 9: ", as inpainting models do"}
 
 
 def load_pipeline(
@@ -105,14 +28,16 @@ def load_pipeline(
     revision: str | None = None,
     download: bool = False,
     unet_dtype: torch.dtype | None = None,
+    embedded: str | float = "splam",
 ) -> Pipeline:
     """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
 
-    What a UNet folder lacks is taken from the embedded pipeline. Nothing is downloaded unless asked; safetensors only.
-    Raises FileNotFoundError if there is no such model, ValueError for one of another kind.
+    What a UNet folder lacks is taken from the embedded pipeline; a cond_proj is folded (`fold_gamma`'s `embedded`).
+    Nothing is downloaded unless asked; safetensors only. Raises FileNotFoundError if there is no such model,
+    ValueError for one of another kind or that lacks something.
     """
     place = resolve(str(model), revision, download)
-    pipeline = load_single_file(place, dtype) if place.is_file() else _load_folder(place, dtype)
+    pipeline = build_pipeline(read_teacher(place, embedded), dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
         pipeline.unet.to(unet_dtype)
@@ -124,47 +49,82 @@ def load_pipeline(
     return pipeline
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
-    if (folder / "pipeline" / "unet").is_dir():  # what training/distill.py leaves
-        folder = folder / "pipeline"
-    unet = folder if any((folder / name).is_file() for name in WEIGHTS) else folder / "unet"
-    if not (unet / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no model: expected a diffusers pipeline folder (with unet/config.json), a folder in "
-            f"which training/distill.py finished, or a UNet folder (with config.json and {WEIGHTS[0]})"
+def read_teacher(place: Path, embedded: str | float = "splam") -> ModelFiles:
+    """The files of a model with all its parts, folded; a UNet folder has the embedded pipeline's other parts."""
+    model = read_model(place).folded(embedded)
+    if place.is_dir() and not model.vae and not model.texts:
+        return model.with_parts_of(read_model(EMBEDDED))
+    wanted = 2 if model.family == "sdxl" else 1
+    lacking = ([] if model.vae else ["VAE"]) + ["text encoder"] * (wanted - len(model.texts))
+    if lacking:
+        raise ValueError(f"{place}: it has no {' and no '.join(lacking)}; expected a model with all its parts")
+    return model
+
+
+def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: str = "the model") -> Pipeline:
+    """The networks of a model with all its parts, on the CPU. name: of what errors speak.
+
+    Raises ValueError for weights that are missing, do not fit the configuration, or are not finite, and for a UNet
+    that reads more than latents.
+    """
+    channels = model.configs["unet"].get("in_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise ValueError(
+            f"{name}: its UNet reads {channels} channels{_KINDS.get(channels, '')}, expected the {LATENT_CHANNELS} of "
+            f"latents: SPLAM makes few-step text-to-image models. Choose such a model."
         )
-    rest = folder if (folder / "vae").is_dir() else EMBEDDED
-    index = _json(rest / "model_index.json")
-    scheduler = _json(rest / "scheduler" / "scheduler_config.json")
-    two = (rest / "text_encoder_2").is_dir()
+    with init_empty_weights():
+        networks = {
+            "unet": UNet2DConditionModel.from_config(model.configs["unet"]),
+            "vae": AutoencoderKL.from_config(model.configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(model.configs["text_encoder"])),
+        }
+        if len(model.texts) > 1:
+            config = CLIPTextConfig.from_dict(model.configs["text_encoder_2"])
+            networks["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    weights = [model.unet, model.vae, *model.texts]
+    for (part, network), own in zip(networks.items(), weights, strict=True):
+        _fill(network, own, dtype, f"{name}: {part}")
+    tokenizers = []
+    for number in range(len(model.texts)):
+        folder, settings = tokenizer_of(model, number)
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder, **settings))
     return Pipeline(
-        _load(UNet2DConditionModel, unet, dtype),
-        _load(AutoencoderKL, rest / "vae", dtype),
-        _load(CLIPTextModel, rest / "text_encoder", dtype),
-        CLIPTokenizer.from_pretrained(rest / "tokenizer"),
-        NoiseSchedule.from_config(scheduler),
-        scheduler,
-        _load(CLIPTextModelWithProjection, rest / "text_encoder_2", dtype) if two else None,
-        CLIPTokenizer.from_pretrained(rest / "tokenizer_2") if two else None,
-        bool(two and index.get("force_zeros_for_empty_prompt", True)),
+        networks["unet"],
+        networks["vae"],
+        networks["text_encoder"],
+        tokenizers[0],
+        parametrisation_of((), None, model.configs["scheduler"]).schedule,
+        model.configs["scheduler"],
+        networks.get("text_encoder_2"),
+        tokenizers[1] if len(tokenizers) > 1 else None,
+        len(tokenizers) > 1 and model.zeros_for_empty,
     )
 
 
-def _load(kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """One part; of a folder that holds fp16 weights alone, those."""
-    plain, half = (
-        ("model.safetensors", "model.fp16.safetensors") if kind.__module__.startswith("transformers") else WEIGHTS
-    )
-    shards = [f"{plain}.index.json", plain]
-    variant = "fp16" if (folder / half).is_file() and not any((folder / name).is_file() for name in shards) else None
-    if variant is None and not any((folder / name).is_file() for name in shards):
-        raise FileNotFoundError(
-            f"{folder} holds no safetensors weights: expected {plain} or {half}, found "
-            f"{sorted(file.name for file in folder.glob('*')) or 'nothing'}. Pickles (.bin) are not read: fetch the "
-            f"model's safetensors files."
+def _fill(network: torch.nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, part: str) -> None:
+    """Give a network without weights these. A text encoder may have layers too many: SD2.x does not read its last."""
+    own = network.state_dict()
+    if isinstance(network, (CLIPTextModel, CLIPTextModelWithProjection)):
+        # Whether transformers' own names begin with "text_model." depends on its version.
+        plain = {key.removeprefix("text_model."): key for key in own}
+        weights = {plain[key]: weight for key, weight in weights.items() if key in plain}
+    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has no place for", weights.keys() - own.keys())):
+        if keys:
+            raise ValueError(
+                f"{part} {problem} {len(keys)} weights ({len(own)} expected), such as {min(keys)}: its files are "
+                f"incomplete, or it is no part of Stable Diffusion 1.x, 2.x or XL"
+            )
+    for key, weight in weights.items():
+        if weight.shape != own[key].shape:
+            raise ValueError(
+                f"{part}: {key} is {tuple(weight.shape)}, expected {tuple(own[key].shape)} by its configuration: they "
+                f"are of two models, or it is no part of Stable Diffusion 1.x, 2.x or XL"
+            )
+    bad = not_finite(weights)
+    if bad is not None:
+        raise ValueError(
+            f"{part}: {bad} holds NaN or infinity. The file is damaged or was badly merged: fetch it again."
         )
-    return kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
-
-
-def _json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # A copy: the files' own pages would be read again whenever memory is short.
+    network.load_state_dict({key: weight.to(dtype, copy=True) for key, weight in weights.items()}, assign=True)

@@ -2,74 +2,143 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from splam_core import load_file, lora_to_kohya
+from splam_core import load_file, lora_adapters, lora_magnitudes, lora_to_kohya, read_metadata, save_file
 from splam_core.keys import unet_pairs
 
-from .files import ModelFiles, model_spec
+from .files import ModelFiles, StateDict, model_spec
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and peft's
+ADAPTER_CONFIG = "adapter_config.json"
+_PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b", "magnitude")
+_KEEPING_STARTS = ("gaussian", "eva")  # of peft's init_lora_weights: those that leave the weights below as they are
+
+
+def lora_file(path: Path) -> Path | None:
+    """The weights of a folder that diffusers or peft left, or the file itself; None if there is none."""
+    choices = [path / name for name in LORA_FILES] if path.is_dir() else [path]
+    return next((file for file in choices if file.is_file()), None)
+
+
+def read_lora(path: Path) -> StateDict:
+    """A LoRA of a UNet as `merged` takes it: kohya's names, every module with its alpha, DoRA's norms as "magnitude".
+
+    path: a .safetensors file with kohya's, peft's or diffusers' names, or a folder that diffusers or peft left. Alphas
+    are those of the file, else of adapter_config.json beside it, else of its metadata (alpha_pattern and rsLoRA too),
+    else the ranks. Raises FileNotFoundError without a file, ValueError naming it for what cannot be added exactly.
+    """
+    file = lora_file(path)
+    if file is None:
+        raise FileNotFoundError(
+            f"{path} holds no LoRA; expected a .safetensors file, or a folder with {' or '.join(LORA_FILES)}"
+        )
+    lora, config = load_file(file), file.parent / ADAPTER_CONFIG
+    adapters = lora_adapters(read_metadata(file))
+    try:
+        if config.is_file() and file.name == LORA_FILES[1]:
+            adapters = {"unet": json.loads(config.read_text(encoding="utf-8"))}
+        _check_adapter(adapters.get("unet", {}))
+        norms = lora_magnitudes(lora)
+        plain = {key: weight for key, weight in lora.items() if "lora_magnitude_vector" not in key}
+        found = lora_to_kohya(plain, adapters=adapters) | {f"{key}.magnitude": norm for key, norm in norms.items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    _parts(found, str(file))
+    return found
+
+
+def _check_adapter(config: Mapping[str, Any]) -> None:
+    """Refuse what peft's configuration says and its weights do not show."""
+    kind, start = config.get("peft_type") or "LORA", config.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise ValueError(f"its adapter is peft's {kind}, expected LORA: merge it with peft")
+    if not isinstance(start, bool) and start not in _KEEPING_STARTS:
+        raise ValueError(
+            f"its init_lora_weights is {start!r}, by which peft changed the weights below it first; expected true, "
+            f"false, {' or '.join(_KEEPING_STARTS)}: merge it with peft"
+        )
+    for name in ("layer_replication", "fan_in_fan_out"):
+        if config.get(name):
+            raise ValueError(f"its {name} is set, which no adapter of a Stable Diffusion UNet has: merge it with peft")
 
 
 @torch.no_grad()
-def merge_lora(unet: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> None:
-    """Add scale * (alpha/rank * up @ down + diff) to a UNet's weights and scale * diff_b to its biases, in place.
+def merged(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float = 1.0, name: str = "LoRA") -> StateDict:
+    """A UNet's state dict plus scale * (alpha/rank * up @ down + diff), and its biases plus scale * diff_b.
 
-    unet: a state dict under diffusers' names. path: a .safetensors file with kohya's, peft's or diffusers' names, or a
-    folder with pytorch_lora_weights.safetensors. Raises FileNotFoundError without it, ValueError naming the file for
-    a LoRA of another model, of a text encoder (which would be lost), or of a kind that is not low-rank.
+    Summed in float64 and rounded once to each weight's own type. unet: under diffusers' names. lora: of `read_lora`, or
+    under kohya's or peft's names; without an alpha it is the rank. With magnitudes (Liu et al., DoRA) the changed
+    weight's rows get these norms, and scale goes from the old weight to that. name: of what errors speak.
+    Raises ValueError for a LoRA of another model, of a text encoder (which would be lost), or of another kind.
     """
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no LoRA; expected a .safetensors file or a folder with {LORA_FILE}")
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, weight in lora_to_kohya(load_file(file)).items():
-        module, _, part = key.partition(".")
-        if not module.startswith("lora_unet_") or part not in _PARTS:
-            raise ValueError(
-                f"{file}: expected lora_unet_<module>.<{', '.join(_PARTS)}>, found {key!r}; only low-rank changes "
-                f"of a UNet can be merged"
-            )
-        parts[module.removeprefix("lora_unet_")][part] = weight
-    modules = _modules_by_kohya_name(unet)
-    for name, found in parts.items():
-        if name not in modules:
-            raise ValueError(f"{file}: this UNet has no module {name!r}: the LoRA belongs to another model")
-        module = modules[name]
+    result, modules = dict(unet), _modules_by_kohya_name(unet)
+    for kohya, found in _parts(lora_to_kohya(lora), name).items():
+        if kohya not in modules:
+            raise ValueError(f"{name}: this UNet has no module {kohya!r}: the LoRA belongs to another model")
+        module = modules[kohya]
         try:
-            for target, change in _changes(found).items():
-                weight = unet[f"{module}.{target}"]
-                weight.copy_(weight.double() + scale * change.reshape(weight.shape).to(weight.device))
+            if "diff_b" in found:
+                bias = unet[f"{module}.bias"]
+                result[f"{module}.bias"] = (bias.double() + scale * _at(found["diff_b"], bias)).to(bias.dtype)
+            if found.keys() & {"lora_up.weight", "lora_down.weight", "diff"}:
+                weight = unet[f"{module}.weight"]
+                change = _change(weight.double(), found)
+                result[f"{module}.weight"] = (weight.double() + scale * change).to(weight.dtype)
         except (KeyError, RuntimeError) as error:
             shapes = {part: tuple(weight.shape) for part, weight in found.items()}
             own = {key: tuple(unet[f"{module}.{key}"].shape) for key in ("weight", "bias") if f"{module}.{key}" in unet}
             raise ValueError(
-                f"{file}: {name} of this UNet is {own}, the LoRA's are {shapes}; it belongs to another model, or is "
+                f"{name}: {kohya} of this UNet is {own}, the LoRA's are {shapes}; it belongs to another model, or is "
                 f"incomplete"
             ) from error
+    return result
 
 
-def _changes(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a module's parts of a LoRA add to its weight and its bias."""
-    changes = {}
-    if "diff_b" in found:
-        changes["bias"] = found["diff_b"].double()
-    if "diff" in found:
-        changes["weight"] = found["diff"].double()
+def _parts(lora: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    """{module: {part: tensor}} of a LoRA under kohya's names, the modules without "lora_unet_"."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, weight in lora.items():
+        module, _, part = key.partition(".")
+        if part == "dora_scale":
+            raise ValueError(
+                f"{name}: it is a DoRA of kohya's or LyCORIS' ({key!r}), whose readers do not agree on the norms that "
+                f"belong to it; expected peft's, or a LoRA"
+            )
+        if not module.startswith("lora_unet_") or part not in _PARTS:
+            raise ValueError(
+                f"{name}: expected lora_unet_<module>.<{', '.join(_PARTS)}>, found {key!r}; only low-rank changes of a "
+                f"UNet can be merged"
+            )
+        parts[module.removeprefix("lora_unet_")][part] = weight
+    return parts
+
+
+def _change(weight: Tensor, found: Mapping[str, Tensor]) -> Tensor:
+    """What a module's parts of a LoRA add to its weight; all in float64."""
+    change = _at(found["diff"], weight) if "diff" in found else torch.zeros_like(weight)
     if found.keys() & {"lora_up.weight", "lora_down.weight"}:
         up, down = found["lora_up.weight"].double(), found["lora_down.weight"].double()
         # Convolutions too: the up part of a convolution's LoRA is 1x1.
-        low_rank = up.flatten(1) @ down.flatten(1) * (float(found.get("alpha", len(down))) / len(down))
-        changes["weight"] = low_rank + (changes["weight"].flatten(1) if "weight" in changes else 0)
-    return changes
+        change = change + _at(
+            up.flatten(1) @ down.flatten(1) * (float(found.get("alpha", len(down))) / len(down)), weight
+        )
+    if "magnitude" in found:
+        rows = (weight + change).flatten(1)
+        factors = found["magnitude"].to(rows).reshape(-1, 1) / rows.norm(dim=1, keepdim=True)
+        change = (factors * rows).reshape(weight.shape) - weight
+    return change
+
+
+def _at(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.device, torch.float64).reshape(like.shape)
 
 
 def _modules_by_kohya_name(unet: Mapping[str, Tensor]) -> dict[str, str]:
@@ -81,20 +150,6 @@ def _modules_by_kohya_name(unet: Mapping[str, Tensor]) -> dict[str, str]:
             if module == diffusers or module.startswith(f"{diffusers}."):
                 names.setdefault((ldm + module.removeprefix(diffusers)).replace(".", "_"), module)
     return names
-
-
-def merged(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A UNet's fp32 state dict plus scale * up @ down of every module of a LoRA under peft's names."""
-    result = dict(base)
-    for key, down in lora.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        up = lora[f"{module}.lora_B.weight"]
-        weight = result[f"{module}.weight"]
-        delta = (up.flatten(1).double() @ down.flatten(1).double()).reshape(weight.shape)
-        result[f"{module}.weight"] = (weight.double() + scale * delta).float()
-    return result
 
 
 def extract_lora(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -166,11 +167,15 @@ class Pipeline:
         return self._fingerprint
 
 
-def weights_hash(*modules: torch.nn.Module | None) -> str:
-    """SHA-256 (16 digits of it) over names, shapes and values; dtypes that hold the same numbers hash alike."""
+def weights_hash(*parts: torch.nn.Module | Mapping[str, Tensor] | None) -> str:
+    """SHA-256 (16 digits of it) over names, shapes and values; dtypes that hold the same numbers hash alike.
+
+    Names are without "text_model.", which not every version of transformers has.
+    """
     digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in sorted((module.state_dict() if module is not None else {}).items()):
+    for part in parts:
+        weights = part.state_dict() if isinstance(part, torch.nn.Module) else part or {}
+        for name, weight in sorted((key.removeprefix("text_model."), weight) for key, weight in weights.items()):
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]

@@ -86,7 +86,7 @@ def resolve(name: str, revision: str | None = None, download: bool = False) -> P
     """
     if name in NAMED:
         return NAMED[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix in PICKLES and not path.is_dir():
         raise ValueError(
             f"{name} is a pickle, which can run code when it is read: expected a .safetensors file. Most models are "

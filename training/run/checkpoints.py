@@ -130,16 +130,20 @@ def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, Any], opt
 def explain_write_error(error: Exception, folder: Path) -> CheckpointError:
     """What to say of a failed write; the unfinished folder is removed, so that a full disk has its room back."""
     shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    last = latest_checkpoint(folder.parent)
+    return CheckpointError(
+        f"{folder}: {why_not_written(error, folder)}. The last good checkpoint is {last or 'not there yet'}. "
+        f"Make room, or lower --checkpoints-total-limit, and go on with --resume-from-checkpoint latest."
+    )
+
+
+def why_not_written(error: Exception, place: Path) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or any(
         text in str(error) for text in ("No space left", "os error 28", "PytorchStreamWriter failed", "write failed")
     )
-    free = shutil.disk_usage(folder.parent).free / 1e9
-    last = latest_checkpoint(folder.parent)
-    reason = f"the disk is full ({free:.1f} GB free)" if full else f"it cannot be written ({error})"
-    return CheckpointError(
-        f"{folder}: {reason}. The last good checkpoint is {last or 'not there yet'}. Make room, or lower "
-        f"--checkpoints-total-limit, and go on with --resume-from-checkpoint latest."
-    )
+    if not full:
+        return f"it cannot be written ({error})"
+    return f"the disk is full ({shutil.disk_usage(place.parent).free / 1e9:.1f} GB free)"
 
 
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)

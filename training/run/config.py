@@ -102,6 +102,8 @@ class Config(Recipe):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|'):
+            raise ValueError(f"--name must be a file's name without folders, got {self.name!r}: see --output-dir")
 
     def settings(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -5,59 +5,51 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..models.files import read_model, save_diffusers, write_single_file
+from ..models.files import ModelFiles, write_folder, write_single_file
+from ..models.load import read_teacher
 from ..models.lora import merged, save_lora
-from ..models.pipeline import DTYPES, Pipeline, weights_hash
+from ..models.pipeline import DTYPES, weights_hash
+from ..models.teachers import resolve
+from .checkpoints import WRITE_ERRORS, explain_write_error
 from .config import Config
 from .loop import Distillation
-from .networks import load_teacher
 from .report import sample_prompts, save_curves
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "splam_txt2img.json"
 
 
 def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
-    """The student on disk in every form, with its card and workflow."""
+    """The student on disk in every form, with its card and workflow.
+
+    Raises CheckpointError, after removing all of them, where one cannot be written; the checkpoints stay.
+    """
     config, out, dtype = run.config, run.config.output_dir, DTYPES[run.config.export_dtype]
     lora = run.networks.lora(role) if config.lora else None
     scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
     state = None if lora else run.networks.export(role)
     step, samples, best, described, skipped = run.step, run.samples, run.best, run.data.describe(), run.data.skipped
     run.free()
-    # The teacher once more, whole and in fp32: in memory it may have been rounded.
-    teacher = load_teacher(config, "cpu")
-    digest = weights_hash(teacher.unet)
-    teacher.unet.load_state_dict(merged(teacher.unet.state_dict(), lora, scale) if lora else state)
-    torch.nn.Module.to(teacher.unet, dtype)
-    folder = out / "pipeline"
-    save_diffusers(teacher, teacher.unet, folder, dtype)
-    model = read_model(folder)
+    # The teacher once more, as its files have it: in memory it may have been rounded.
+    teacher = read_teacher(resolve(config.teacher, config.revision))
+    whole = {key: weight.float() for key, weight in teacher.unet.items()}
+    digest = weights_hash(whole)
+    model = replace(teacher, unet=merged(whole, lora, scale) if lora else state).few_step().cast(dtype)
     metadata = {
         "splam.method": config.method,
         "splam.skip": str(config.skip),
         "splam.solver": config.solver,
         "splam.solver_skip": str(config.solver_skip),
         "splam.guidance_scale": str(config.guidance_scale),
-        "splam.teacher": Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
+        "splam.teacher": Path(config.teacher).name if Path(config.teacher).expanduser().exists() else config.teacher,
         "splam.teacher_hash": digest,
     }
-    if lora is None:
-        file = out / f"{config.name}.splam.safetensors"
-        write_single_file(model, file, config.name, metadata)
-        workflow = save_workflow(config, teacher, out, file.name, None)
-    else:
-        file = out / f"{config.name}.splam-lora.safetensors"
-        save_lora(lora, file, model, scale, dtype, config.name, metadata)
-        base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
-        workflow = save_workflow(config, teacher, out, base, file.name)
-    save_curves(out, out / "curves.png")
     result = {
         "steps": step,
         "samples": samples,
@@ -68,7 +60,23 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
         "teacher (SHA-256 of its weights)": digest,
         "samples skipped": len(skipped),
     }
-    save_card(config, out, result, described, sheet, ["pipeline/", file.name, workflow.name])
+    folder, file = out / "pipeline", out / f"{config.name}.{'splam-lora' if lora else 'splam'}.safetensors"
+    try:
+        write_folder(model, folder)
+        if lora:
+            save_lora(lora, file, model, scale, dtype, config.name, metadata)
+            base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
+            workflow = save_workflow(config, model, out, base, file.name)
+        else:
+            write_single_file(model, file, config.name, metadata)
+            workflow = save_workflow(config, model, out, file.name, None)
+        save_curves(out, out / "curves.png")
+        save_card(config, out, result, described, sheet, ["pipeline/", file.name, workflow.name])
+    except WRITE_ERRORS as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for made in (file, *(out / name for name in (f"{config.name}.workflow.json", "curves.png", "README.md"))):
+            made.unlink(missing_ok=True)
+        raise explain_write_error(error, folder) from error
     print(f"exported: {role}\nstudent: {folder}\nsingle file: {file}\nworkflow: {workflow}")
 
 
@@ -78,7 +86,7 @@ def save_card(
     """README.md with the command, the data, the curves and the sheet."""
     shown = [f"| {key} | {value} |" for key, value in result.items() if value is not None]
     command = "python training/distill.py " + shlex.join(_without_paths(sys.argv[1:]))
-    base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).exists() else config.teacher
+    base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).expanduser().exists() else config.teacher
     text = f"""# {config.name}
 
 A few-step model distilled from `{base}` with {config.method.upper()} ({"LoRA" if config.lora else "full weights"}).
@@ -110,14 +118,13 @@ on. All settings are in `config.json`.
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def save_workflow(config: Config, pipeline: Pipeline, folder: Path, model_name: str, lora_name: str | None) -> Path:
+def save_workflow(config: Config, model: ModelFiles, folder: Path, model_name: str, lora_name: str | None) -> Path:
     """The pack's text-to-image workflow with this model, its picture size and a prompt set."""
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    side = pipeline.latent_shape[1] * pipeline.vae_scale
     by_type = {node["type"]: node for node in graph["nodes"]}
     by_type["SPLAMLoader"]["widgets_values"][0] = model_name
     by_type["CLIPTextEncode"]["widgets_values"] = [sample_prompts(config)[0]]
-    by_type["EmptyLatentImage"]["widgets_values"][:2] = [side, side]
+    by_type["EmptyLatentImage"]["widgets_values"][:2] = [model.resolution] * 2
     for note in (node for node in graph["nodes"] if node["type"] in ("MarkdownNote", "Note")):
         where = "`models/loras/`" if lora_name else "`models/checkpoints/`"
         note["widgets_values"] = [f"## {config.name}\n\nPut `{lora_name or model_name}` into {where}, refresh, run."]

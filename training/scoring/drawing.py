@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splam_core import fold_gamma
-
 from ..models.load import load_pipeline
-from ..models.lora import merge_lora
+from ..models.lora import merged, read_lora
 from ..models.pipeline import DTYPES, Pipeline, weights_hash
 from ..models.sampling import generate, unet_evaluations
-from ..models.teachers import EMBEDDED, resolve
+from ..models.teachers import EMBEDDED
 from ..pictures import to_uint8
 from ..scenes.shapes import Caption
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
@@ -121,17 +119,10 @@ def load_model(request: Request) -> Pipeline:
             embedded = float(embedded)
         except ValueError:
             raise ValueError(f"--gamma-embedding is splam, zero or a guidance_scale, got {embedded!r}") from None
-    place = resolve(str(model))
-    if place.is_file() and embedded != "splam":
-        raise ValueError(f"{place}: a single file is read as --gamma-embedding splam; use the model's diffusers folder")
-    pipeline = load_pipeline(model, device_of(request), DTYPES[request.dtype])
-    unet = pipeline.unet
-    if unet.config.time_cond_proj_dim:
-        # The projection is called only when it is told something: with the constant in the bias it never is.
-        folded, _ = fold_gamma(unet.state_dict(), embedded)
-        unet.load_state_dict(folded, strict=False)
+    pipeline = load_pipeline(model, device_of(request), DTYPES[request.dtype], embedded=embedded)
     if request.lora:
-        merge_lora(unet.state_dict(), request.lora, request.lora_scale)
+        lora, unet = read_lora(request.lora), pipeline.unet
+        unet.load_state_dict(merged(unet.state_dict(), lora, request.lora_scale, str(request.lora)))
     return pipeline
 
 
