@@ -141,8 +141,13 @@ class Remembering(torch.nn.Module):
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
-        self.unet, self.dtype = unet, unet.dtype
+        self.unet = unet
         self.forget()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The trainer casts its teacher when it takes it."""
+        return self.unet.dtype
 
     def forget(self) -> None:
         self.known: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -230,12 +235,16 @@ class Yardstick:
 class Student:
     """One run of the trainer, stepped from outside."""
 
-    def __init__(self, name: str, config: Config) -> None:
-        self.name, self.config = name, config
-        self.run = Distillation(config, load_pipeline(config.teacher), Accelerator(cpu=True))
+    def __init__(self, name: str, config: Config, first: Student | None = None) -> None:
+        """first: the student whose teacher and data this one shares."""
+        self.name, self.config, pipeline = name, config, load_pipeline(config.teacher)
+        self.teacher = first.teacher if first else Remembering(pipeline.unet)
+        objective = config.objective(pipeline.schedule, pipeline.prediction_type)
         if name == "lcm-random-jump":
-            self.run.objective = RandomJump(**vars(self.run.objective))
-        self.steps, self.seconds, self.rows = self.run.train(), 0.0, []
+            objective = RandomJump(**vars(objective))
+        data = first.run.data if first else None
+        self.run = Distillation(config, pipeline, Accelerator(cpu=True), data, objective, self.teacher)
+        self.steps, self.seconds = self.run.train(), 0.0
 
     def row(self) -> dict[str, Any]:
         """What every measurement of this student says of it."""
@@ -272,13 +281,11 @@ def run_group(
     every, budget = round(EVERY * scale), round(group.budget * scale)
     cost = configs[0].unet_forwards_per_sample * configs[0].train_batch_size
     last = max(1, round(budget / cost))
-    students = [
-        Student(name, replace(config, max_train_steps=last)) for name, config in zip(names, configs, strict=True)
-    ]
+    students: list[Student] = []
+    for name, config in zip(names, configs, strict=True):
+        students.append(Student(name, replace(config, max_train_steps=last), students[0] if students else None))
     yardstick = Yardstick(work, configs[0].guidance_scale, samples, pictures)
-    teacher = Remembering(students[0].run.networks.teacher)
-    for student in students:
-        student.run.networks.teacher, student.run.data = teacher, students[0].run.data
+    teacher = students[0].teacher
     marks = {max(1, round(budget * part / cost)): part == 1 for part in _parts(every, budget)}
     short = round(SHORT * scale / cost)
     rows = []

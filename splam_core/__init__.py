@@ -24,6 +24,7 @@ from .gamma import (
     guidance_embedding,
     patch_time_embedding,
     sinusoid,
+    sinusoid_frequencies,
 )
 from .objective import Objective, l2, pseudo_huber, subpath_for
 from .parametrisation import Parametrisation, parametrisation_of
@@ -83,6 +84,7 @@ __all__ = [
     "sample_gamma",
     "save_file",
     "sinusoid",
+    "sinusoid_frequencies",
     "subpath_for",
     "weight_files",
 ]

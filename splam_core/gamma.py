@@ -14,32 +14,45 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 
-def sinusoid(phase: Tensor, dim: int = 256) -> Tensor:
-    """[B] phases in radians -> [B, dim] in phase's dtype: dim/2 sines, then as many cosines.
-
-    Frequencies fall geometrically from 1 to 1/10000. An odd dim is padded with a zero; dim must be 4 or more.
-    """
+def sinusoid_frequencies(dim: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[dim/2], on the CPU: from 1 to 1/10000, falling geometrically. Raises ValueError for a dim below 4."""
     if dim < 4:
         raise ValueError(f"an embedding needs 4 or more dimensions, got {dim}.")
     half = dim // 2
     # A float32 logarithm, as in diffusers' get_guidance_scale_embedding: phases reach thousands of radians,
     # so its last bit shows in the sines of released checkpoints.
     step = torch.log(torch.tensor(10000.0)) / (half - 1)
-    frequencies = torch.exp(torch.arange(half, dtype=phase.dtype) * -step)
-    # Without waiting for the device: CUDA has copied so small a source before the call returns.
-    frequencies = frequencies.to(phase.device, non_blocking=phase.is_cuda)
+    return torch.exp(torch.arange(half, dtype=dtype) * -step)
+
+
+def sinusoid(phase: Tensor, dim: int = 256, frequencies: Tensor | None = None) -> Tensor:
+    """[B] phases in radians -> [B, dim] in phase's dtype: dim/2 sines, then as many cosines.
+
+    An odd dim is padded with a zero; dim must be 4 or more. frequencies: `sinusoid_frequencies` of this dim, already on
+    phase's device and in its dtype, for those who call often; None: made here.
+    """
+    if frequencies is None:
+        # Without waiting for the device: CUDA has copied so small a source before the call returns.
+        frequencies = sinusoid_frequencies(dim, phase.dtype).to(phase.device, non_blocking=phase.is_cuda)
     angles = phase[:, None] * frequencies[None, :]
     return functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-def gamma_embedding(gamma: Tensor, dim: int = 256, bandwidth: float = 1000.0, zero_at_one: bool = True) -> Tensor:
+def gamma_embedding(
+    gamma: Tensor,
+    dim: int = 256,
+    bandwidth: float = 1000.0,
+    zero_at_one: bool = True,
+    frequencies: Tensor | None = None,
+) -> Tensor:
     """[B] gamma in [0, 1] -> [B, dim]: phi of bandwidth*(1-gamma), less phi at gamma = 1 when zero_at_one.
 
     bandwidth is the fastest component's phase in radians at gamma = 0; 1000 spreads gamma as the UNet spreads its own
     timesteps, 10000 is the authors'. Zero at gamma = 1 is what lets cond_proj be dropped after training (below eq. 19).
+    frequencies: as in `sinusoid`.
     """
-    phi = sinusoid(bandwidth * (1 - gamma), dim)
-    return phi - sinusoid(torch.zeros_like(gamma[:1]), dim) if zero_at_one else phi
+    phi = sinusoid(bandwidth * (1 - gamma), dim, frequencies)
+    return phi - sinusoid(torch.zeros_like(gamma[:1]), dim, frequencies) if zero_at_one else phi
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
@@ -60,7 +73,8 @@ def fold(linear_1: Tensor, cond_proj: Tensor, phi: Tensor) -> Tensor:
 
     linear_1: [C_out, C_in], the weight; cond_proj: [C_in, dim]; phi: [dim]. Exact: the patch is linear up to there.
     """
-    return linear_1.double().cpu() @ (cond_proj.double().cpu() @ phi.double().cpu())
+    # First to the CPU: not every device has float64 (Apple's MPS).
+    return linear_1.cpu().double() @ (cond_proj.cpu().double() @ phi.cpu().double())
 
 
 def patch_time_embedding(

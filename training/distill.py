@@ -12,8 +12,12 @@ NAME.splam.safetensors or NAME.splam-lora.safetensors, with README.md and a Comf
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path
@@ -39,29 +43,34 @@ from training.run.report import (
     keep_log,
     peak_memory,
 )
+from training.run.stopping import StoppedError, StopRequest, memory_explained
 from training.run.validation import Score
 
 
-def distill(config: Config) -> None:
-    """Train, show and export. Raises what the parts raise, each with one clear message."""
+def distill(config: Config, stop: StopRequest | None = None) -> None:
+    """Train, show and export. Raises what the parts raise, each with one clear message.
+
+    stop: listens for signals while steps are made.
+    """
+    stop = stop or StopRequest()
     accelerator = join_processes(config.mixed_precision)
     on_main(accelerator, lambda: check_folder(config.output_dir, config.resume_from_checkpoint))
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    pipeline = load_teacher(config, accelerator.device)
-    run = Distillation(config, pipeline, accelerator)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    if config.resume_from_checkpoint:
-        folder, changed = run.resume(config.resume_from_checkpoint)
-        accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir} yet: starting anew")
-        for one in changed:
-            accelerator.print(f"changed since: {one}")
-    accelerator.print(f"data: {run.data.describe()}")
-    if accelerator.is_main_process:
-        (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
-        _watched(run)
-    else:
-        _beside(run)
+    with memory_explained(config):
+        run = Distillation(config, load_teacher(config, accelerator.device), accelerator)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        if config.resume_from_checkpoint:
+            folder, changed = run.resume(config.resume_from_checkpoint)
+            accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir}: starting anew")
+            for one in changed:
+                accelerator.print(f"changed since: {one}")
+        accelerator.print(f"data: {run.data.describe()}")
+        if accelerator.is_main_process:
+            (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
+            _watched(run, stop)
+        else:
+            _beside(run, stop)
     accelerator.wait_for_everyone()
 
 
@@ -70,20 +79,21 @@ def _shows(config: Config, step: int) -> bool:
     return step % (config.sample_every or config.checkpointing_steps) == 0 or step == config.max_train_steps
 
 
-def _beside(run: Distillation) -> None:
+def _beside(run: Distillation, stop: StopRequest) -> None:
     """Another process's run: sharded networks need it for all that is shown and exported, too."""
     config, sheets, scores = run.config, None, None
     if run.networks.sharded and config.sample_every:
         with run.accelerator.autocast():
             sheets = Sheets(config, run.pipeline, run.networks)
-    for progress in run.train():
-        if not run.networks.sharded or not _shows(config, progress.step):
-            continue
-        if config.validation_samples:
-            scores = run.validate()
-        if sheets:
-            with run.accelerator.autocast():
-                sheets.save(None)
+    with stop:
+        for progress in run.train(stop):
+            if not run.networks.sharded or not _shows(config, progress.step):
+                continue
+            if config.validation_samples:
+                scores = run.validate()
+            if sheets:
+                with run.accelerator.autocast():
+                    sheets.save(None)
     if run.networks.sharded:
         if scores is None and config.validation_samples:
             scores = run.validate()
@@ -95,25 +105,30 @@ def _best(scores: dict[str, Score] | None) -> str:
     return min(scores, key=lambda one: scores[one].loss) if scores else "target"
 
 
-def _watched(run: Distillation) -> None:
+def _watched(run: Distillation, stop: StopRequest) -> None:
     """The main process's run: log, sheets, validation and the finished student."""
     config, out = run.config, run.config.output_dir
     log, validations = out / "log.jsonl", out / "validation.jsonl"
     for file in (log, validations):
         keep_log(file, run.step)
-    trackers = Trackers(config, run.step)
+    skipped = run.skipped
     with run.accelerator.autocast():
         sheets = Sheets(config, run.pipeline, run.networks) if config.sample_every else None
     sheet, scores = None, None
     with (
+        contextlib.closing(Trackers(config, run.step)) as trackers,
+        stop,
         tqdm(total=config.max_train_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
         open(log, "a", encoding="utf-8") as lines,
     ):
-        for progress in run.train():
+        for progress in run.train(stop):
             bar.update()
             bar.set_postfix_str(_line(progress))
-            lines.write(json.dumps(vars(progress)) + "\n")
+            lines.write(json.dumps(_finite(vars(progress))) + "\n")
             lines.flush()
+            if progress.skipped > skipped:
+                skipped = progress.skipped
+                bar.write(f"step {progress.step}: the gradient is not finite; nothing is moved ({skipped} so far)")
             names = ("loss", "gradient_norm", "learning_rate")
             trackers.scalars({f"train/{name}": getattr(progress, name) for name in names}, progress.step)
             if not _shows(config, progress.step):
@@ -131,13 +146,17 @@ def _watched(run: Distillation) -> None:
                 with run.accelerator.autocast():
                     sheets.save(sheet)
                 trackers.sheet(sheet, progress.step)
-    trackers.close()
     if scores is None and config.validation_samples:  # resumed after the last step
         scores = run.validate()
     role = _best(scores)
     sheets = None
     sheet = sheet or max(out.glob("sheet-*.png"), default=None)
     finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no numbers that are not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _line(progress: Progress) -> str:
@@ -148,17 +167,26 @@ def _line(progress: Progress) -> str:
 
 
 def main() -> int:
+    stop = StopRequest()
     try:
         config, asked = parse_command(None, __doc__)
         if asked.plan:
             print(describe(config, plan(config)))
             if asked.measure:
-                print(measure(config))
+                with memory_explained(config):
+                    print(measure(config))
         else:
-            distill(config)
+            distill(config, stop)
     except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StoppedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return stop.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,14 +12,19 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from splam_core import draw_timesteps, draws
+import splam_core.gamma
+from splam_core import draw_timesteps, draws, fold, gamma_embedding
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.run.config import complete, parse
 from training.run.loop import Distillation
-from training.run.networks import LoraNetworks, export_unet, make_student
+from training.run.networks import FullNetworks, LoraNetworks, export_unet, make_student
+from training.scoring.curves import mean_squares
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -186,7 +191,8 @@ def test_the_loss_of_epsilon_and_v_teachers_is_diffusers(request, tmp_path, teac
         t, nothing = 20 * (int(u * 50) + 1) - 1, pipeline.encode([""])["encoder_hidden_states"]
         embeds = conditioning["encoder_hidden_states"]
         expected = diffusers_loss(folder, pipeline, 4.0, latents, embeds, nothing, noise, torch.tensor(t))
-        assert run.loss(range(index, index + 1)).item() == pytest.approx(expected.item(), rel=2e-4)
+        ((role, loss),) = run.losses(range(index, index + 1))
+        assert role == "student" and loss.item() == pytest.approx(expected.item(), rel=2e-4)
 
 
 def test_a_v_student_stays_one(small, tiny_v, tmp_path):
@@ -249,3 +255,82 @@ def test_what_a_person_sees(small, tiny_pipeline, tmp_path):
     graph = json.loads((tmp_path / "mine.workflow.json").read_text())
     loader = next(node for node in graph["nodes"] if node["type"] == "SPLAMLoader")
     assert loader["widgets_values"][0] == "mine.splam.safetensors"
+
+
+def test_data_objective_and_teacher_may_be_given(tiny_pipeline):
+    """What is asked of a run's parts can be asked of others, without a replacement inside it."""
+    config = parse(["--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "32", "--no-cache-latents"])
+    pipeline = load_pipeline(tiny_pipeline)
+    run = Distillation(config, pipeline, Accelerator(cpu=True))
+    asked = []
+
+    class Teacher:
+        dtype = torch.float32
+
+        def __call__(self, *inputs, **arguments):
+            asked.append(len(inputs[0]))
+            return pipeline.unet(*inputs, **arguments)
+
+    class Twice(type(run.stage.objective)):
+        def __call__(self, *arguments):
+            return 2 * super().__call__(*arguments)
+
+    objective = Twice(**vars(run.stage.objective))
+    other = Distillation(config, load_pipeline(tiny_pipeline), Accelerator(cpu=True), run.data, objective, Teacher())
+    pipeline.unet.float()
+    ((_, once),), ((_, twice),) = run.losses(range(2)), other.losses(range(2))
+    assert other.data is run.data and asked == [4] * 3  # both prompts of two samples in each of three steps
+    assert twice.item() == pytest.approx(2 * once.item(), rel=1e-6)
+
+
+def test_gamma_is_embedded_from_frequencies_made_once(tiny_pipeline, monkeypatch):
+    """Sending them from the CPU at every call would be waited for."""
+    config = parse(
+        ["--teacher", str(tiny_pipeline), "--gamma-conditioning", "embedding", "--no-gradient-checkpointing"]
+    )
+    pipeline = load_pipeline(tiny_pipeline)
+    networks = FullNetworks(pipeline, config)
+    x, t, gamma = torch.randn(2, 4, 16, 16), torch.tensor([999, 19]), torch.tensor([0.25, 1.0])
+    conditioning = pipeline.encode(["a small red ring", ""])
+    with torch.no_grad():
+        networks.student.time_embedding.cond_proj.weight.normal_()
+        phi = gamma_embedding(gamma, 256, config.gamma_bandwidth)
+        expected = networks.student(x, t, **conditioning, timestep_cond=phi).sample
+        monkeypatch.setattr(splam_core.gamma, "sinusoid_frequencies", lambda *_: pytest.fail("made again"))
+        assert torch.equal(networks.net("student", conditioning)(x, t, gamma), expected)
+
+
+@pytest.mark.parametrize(("own", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_emulated_bf16_is_not_taken(monkeypatch, own, precision):
+    """As torch answers on a T4: bf16 is supported, if emulation counts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    config = complete({"teacher": "sd15"})
+    assert (config.mixed_precision, config.teacher_dtype) == (precision, precision)
+
+
+def test_fp16_makes_the_teacher_fp16_unless_it_is_said_otherwise():
+    assert complete({"teacher": "sd15", "mixed_precision": "fp16"}).teacher_dtype == "fp16"
+    assert complete({"teacher": "sd15", "mixed_precision": "bf16"}).teacher_dtype == "bf16"
+    both = {"teacher": "sd15", "mixed_precision": "fp16", "teacher_dtype": "fp32"}
+    assert complete(both).teacher_dtype == "fp32"
+
+
+def test_float64_is_computed_on_the_cpu_where_a_device_has_none():
+    """Fake tensors of Apple's device have its place and no values."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            made = function(*arguments, **(keywords or {}))
+            for one in tree_leaves(made):
+                if isinstance(one, torch.Tensor) and one.device.type == "mps" and one.dtype == torch.float64:
+                    raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return made
+
+    with FakeTensorMode(), NoFloat64():
+        x = torch.empty(2, 4, 8, 8, device="mps")
+        with pytest.raises(TypeError, match="float64"):
+            x.double()
+        assert mean_squares(x).dtype == torch.float64 and mean_squares(x).shape == (2,)
+        folded = fold(*(torch.empty(shape, device="mps") for shape in ((8, 4), (4, 6), (6,))))
+        assert folded.dtype == torch.float64 and folded.device.type == "cpu"

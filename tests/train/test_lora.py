@@ -16,7 +16,7 @@ from training.models.lora import merged, read_lora
 from training.models.sampling import generate
 from training.run.config import parse
 from training.run.loop import Distillation
-from training.run.networks import LoraNetworks, update_averages
+from training.run.networks import FullNetworks, LoraNetworks, update_averages
 
 pytestmark = pytest.mark.train
 
@@ -54,20 +54,38 @@ def test_each_role_is_itself(tiny_pipeline):
         assert torch.allclose(weight, begun + 0.0125, atol=1e-6)
     with networks.use("target") as unet:  # back and forth changes nothing
         assert torch.equal(output(unet, pipeline), outputs["target"])
+    # Whoever asks the pipeline, asks the teacher: what is drawn or validated by it is never the student's.
+    assert torch.equal(output(pipeline.unet, pipeline), plain)
+    begun = load_pipeline(tiny_pipeline).unet.state_dict()
+    found = pipeline.unet.state_dict()
+    assert found.keys() == begun.keys() and all(torch.equal(found[key], begun[key].to(found[key])) for key in begun)
+
+
+@torch.no_grad()
+def test_the_pipelines_pictures_are_the_teachers(tiny_pipeline):
+    prompts, seeds = ["a small red ring"], [1]
+    expected = generate(load_pipeline(tiny_pipeline), prompts, seeds, "ddim", 4, 3.0)
+    for kind, more in ((FullNetworks, []), (LoraNetworks, ["--lora", "--lora-rank", "4"])):
+        pipeline = load_pipeline(tiny_pipeline)
+        networks = kind(pipeline, parse(["--teacher", str(tiny_pipeline), "--teacher-dtype", "fp32", *more]))
+        for weight in networks.weights("student").values():
+            weight.add_(0.05)
+        with networks.use("student"), networks.use("target"):
+            assert torch.equal(generate(pipeline, prompts, seeds, "ddim", 4, 3.0), expected)
 
 
 def test_only_the_students_adapter_and_gamma_are_trained(tiny_pipeline):
     pipeline, networks = networks_of(tiny_pipeline, "--gamma-conditioning", "embedding")
-    trained = {name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in networks.unet.named_parameters() if parameter.requires_grad}
     assert "time_embedding.cond_proj.weight" in trained
     assert all(".student." in name or "cond_proj" in name for name in trained)
     assert any("conv1.lora_A" in name for name in trained) and any("to_q.lora_B" in name for name in trained)
     loss = output(networks.student, pipeline, torch.randn(2, 256)).square().mean()
-    with networks.use("teacher"), torch.no_grad():
+    with torch.no_grad():
         output(pipeline.unet, pipeline)
     loss.backward()
-    assert pipeline.unet.time_embedding.cond_proj.weight.grad.any()
-    assert all(p.grad is None for name, p in pipeline.unet.named_parameters() if name not in trained)
+    assert networks.unet.time_embedding.cond_proj.weight.grad.any()
+    assert all(p.grad is None for name, p in networks.unet.named_parameters() if name not in trained)
 
 
 def test_a_checkpointed_backward_pass_has_the_same_gradient(tiny_pipeline):
@@ -79,7 +97,7 @@ def test_a_checkpointed_backward_pass_has_the_same_gradient(tiny_pipeline):
         ])  # fmt: skip
         run = Distillation(config, pipeline, Accelerator(cpu=True))
         run._backward()
-        return {name: p.grad for name, p in pipeline.unet.named_parameters() if p.grad is not None}
+        return {name: p.grad for name, p in run.networks.unet.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradient("--no-gradient-checkpointing"), gradient("--gradient-checkpointing")
     assert plain.keys() == checkpointed.keys() and len(plain) > 20

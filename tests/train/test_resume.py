@@ -26,7 +26,9 @@ from training.run.checkpoints import (
     write_objects,
 )
 from training.run.identity import weights_digest
+from training.run.loop import Distillation
 from training.run.sharding import OptimizerState
+from training.run.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -263,3 +265,102 @@ def test_one_more_object_of_a_checkpoint_costs_a_word(tmp_path):
         load_objects({}, states)
     with pytest.raises(ValueError, match="judge: the checkpoint has none"):
         load_objects({"critic": critic, "judge": Counter(0)}, states)
+
+
+def spoil(monkeypatch, spoilt):
+    """Make the gradients of these steps (from 1) not finite, with a loss that is."""
+    real = Distillation._backward
+
+    def backward(run):
+        loss = real(run)
+        if run.step + 1 in spoilt:
+            run.networks.trainable()[0].grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Distillation, "_backward", backward)
+
+
+def test_a_step_without_a_finite_gradient_moves_nothing(small, tiny_pipeline, tmp_path, monkeypatch, capfd):
+    spoil(monkeypatch, {2})
+    small(tiny_pipeline, tmp_path, 3, "--checkpointing-steps", 1, "--checkpoints-total-limit", 9)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 1]
+    assert [line["gradient_norm"] is None for line in lines] == [False, True, False]
+    for name in ("student", "target"):
+        one, two, three = (load_file(tmp_path / f"checkpoint-{step}" / f"{name}.safetensors") for step in (1, 2, 3))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert all(weight.isfinite().all() for weight in three.values())
+        assert any(not torch.equal(two[key], three[key]) for key in two)
+    assert "step 2: the gradient is not finite; nothing is moved (1 so far)" in "".join(capfd.readouterr())
+
+
+def test_many_gradients_that_are_not_finite_stop_the_run(small, tiny_pipeline, tmp_path, monkeypatch):
+    spoil(monkeypatch, range(2, 99))
+    expected = r"gradient has not been finite for 20 steps at step 21. Lower --learning-rate; .*checkpoint-20"
+    with pytest.raises(FloatingPointError, match=expected):
+        small(tiny_pipeline, tmp_path, 30, "--checkpointing-steps", 20)
+    assert all(weight.isfinite().all() for weight in load_file(tmp_path / "checkpoint-20/student.safetensors").values())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM to another process")
+def test_asked_to_stop_it_writes_a_checkpoint_and_says_how_to_go_on(small, command_line, tiny_pipeline, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = command_line(tiny_pipeline, cut, 5000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "training" / "distill.py"), *arguments], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while (process.poll() is None and not (cut / "log.jsonl").is_file()) or not losses(cut):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    step = len(losses(cut))
+    assert f"stopped at step {step}. Go on with --resume-from-checkpoint latest" in said and step < 5000
+    assert latest_checkpoint(cut).name == f"checkpoint-{step}"
+    small(tiny_pipeline, cut, step + 1, "--resume-from-checkpoint", "latest")
+    small(tiny_pipeline, whole, step + 1)
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_is_the_systems_own(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop
+        signal.raise_signal(number)
+        assert stop and stop.exit_status == 128 + number and signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "more", "named", "unnamed"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), [], ["--gradient-checkpointing"], []),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), [], ["--lora instead"], ["--lora-rank"]),
+        (RuntimeError("MPS backend out of memory"), ["--lora", "--gradient-checkpointing"], ["--lora-rank (it is 64)"],
+         ["add --gradient-checkpointing", "--lora instead"]),
+        (MemoryError(), ["--train-batch-size", "1"], ["--lora"], ["lower --train-batch-size"]),
+    ],
+)  # fmt: skip
+def test_out_of_memory_names_the_flags_to_lower(
+    small, tiny_pipeline, tmp_path, monkeypatch, error, more, named, unnamed
+):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Distillation, "_backward", full)
+    with pytest.raises(ValueError, match=r"^out of memory") as found:
+        small(tiny_pipeline, tmp_path, 2, "--no-gradient-checkpointing", *more)
+    said = str(found.value)
+    assert all(text in said for text in [*named, "--plan"]) and not any(text in said for text in unnamed)
+
+
+def test_another_error_is_not_called_one_of_memory(small, tiny_pipeline, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Distillation, "_backward", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        small(tiny_pipeline, tmp_path, 2)

@@ -186,9 +186,14 @@ def complete(given: dict[str, Any], planned: bool = False) -> Config:
         defaults["learning_rate"] = 1.0  # Prodigy finds the scale itself
     if given.get("mixed_precision", "auto") == "auto":
         cuda = torch.cuda.is_available() and not embedded
-        given["mixed_precision"] = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "no"
+        given["mixed_precision"] = ("bf16" if _computes_bf16() else "fp16") if cuda else "no"
         if planned and not embedded:
             given["mixed_precision"] = "bf16"
-        if given["mixed_precision"] == "fp16":
-            defaults["teacher_dtype"] = "fp16"
+    if given["mixed_precision"] == "fp16":
+        defaults["teacher_dtype"] = "fp16"
     return Config(**{**defaults, **given, "data_options": DataOptions(**options)})
+
+
+def _computes_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself. Those before Ampere (T4, V100, RTX 20) emulate it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -23,7 +23,6 @@ MAY_CHANGE = frozenset((
 # The teacher is known by its weights, wherever they lie; a recipe by what it sets.
 UNSAID = frozenset((
     "teacher", "revision", "download_teacher", "recipe", "output_dir", "resume_from_checkpoint",
-
 ))  # fmt: skip
 LEFT = (f"{PREFIX}*", "best", "log.jsonl", "validation.jsonl", "pipeline")  # what a run leaves in its folder
 

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
-from splam_core import (
-    LossWatch,
-    add_noise,
-    draw_timesteps,
-    draws,
-    gamma_embedding,
-    learning_rate_share,
-    predict_epsilon,
-    sample_gamma,
-)
+from splam_core import LossWatch, Objective, learning_rate_share
 
+from ..data import TrainingData
 from ..data.base import Share
 from ..data.phase import make_data
-from ..models.pipeline import Conditioning, Pipeline, unet_arguments
-from ..models.sampling import guided_output
+from ..models.pipeline import Pipeline
 from .checkpoints import (
     WRITE_ERRORS,
     RandomState,
@@ -46,19 +38,15 @@ from .checkpoints import (
     write_objects,
 )
 from .config import Config
+from .consistency import Consistency, plain_attention
 from .identity import changes, weights_digest
-from .networks import (
-    GAMMA_DIM,
-    ROLES,
-    FullNetworks,
-    LoraNetworks,
-    RoleState,
-    base_dtype,
-    update_averages,
-)
+from .networks import ROLES, FullNetworks, LoraNetworks, RoleState, base_dtype, update_averages
 from .optimizers import build_optimizer
 from .sharding import OptimizerState, sharding_mesh
+from .stopping import StoppedError, StopRequest
 from .validation import Score, Validation
+
+SKIPPED_IN_A_ROW = 20  # steps without a finite gradient after which a run stops
 
 
 @dataclass
@@ -71,27 +59,39 @@ class Progress:
     learning_rate: float
     images: int
     unet_forwards: int
+    skipped: int  # steps of the run so far whose gradient was not finite, and which moved nothing
     seconds: float
 
 
 class Distillation:
     """The networks, data and optimizer of one run, and the step that moves them."""
 
-    def __init__(self, config: Config, pipeline: Pipeline, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pipeline: Pipeline,
+        accelerator: Accelerator,
+        data: TrainingData | None = None,
+        objective: Objective | None = None,
+        teacher: Any = None,
+    ) -> None:
+        """data, objective: None, those that `config` names. teacher: a UNet that is asked in the pipeline's place."""
         self.config, self.pipeline, self.accelerator = config, pipeline, accelerator
         mesh = sharding_mesh(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
-        self.negative = pipeline.unconditional()
-        self.data = make_data(
-            config.data,
-            pipeline,
-            config.data_options,
-            whole,
-            config.seed + 1,
-            whole * config.gradient_accumulation_steps * config.max_train_steps,
-            config.validation_samples,
-            Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
-        )  # now: with the networks, the teacher's UNet is no longer the teacher's alone
+        negative = pipeline.unconditional()
+        if data is None:  # made before there are networks; then the encoders leave
+            data = make_data(
+                config.data,
+                pipeline,
+                config.data_options,
+                whole,
+                config.seed + 1,
+                whole * config.gradient_accumulation_steps * config.max_train_steps,
+                config.validation_samples,
+                Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+            )
+        self.data = data
         # A LoRA is one on the teacher as it is computed with; whole weights begin as the teacher's own.
         dtype = base_dtype(config) if config.lora else torch.float32
         self.teacher_hash = weights_digest(pipeline.unet.state_dict(), dtype)
@@ -108,55 +108,74 @@ class Distillation:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         else:
             self.networks.student, self.optimizer = accelerator.prepare(self.networks.student, optimizer)
+        if objective is None:
+            objective = config.objective(pipeline.schedule, pipeline.prediction_type)
+        asked = pipeline if teacher is None else replace(pipeline, unet=teacher)
+        self.stage = Consistency(config, asked, negative, self.networks, objective)
+        self.watch = LossWatch()
         trained = [role for role in ROLES if role != "teacher" and self.networks.weights(role)]
         self.objects: dict[str, Stateful] = {
             **{role: RoleState(self.networks, role) for role in trained},
             "optimizer": OptimizerState(self.optimizer, self.networks.trainable(), self.networks.sharded),
             "random": RandomState(),
+            "watch": self.watch,
         }
         if getattr(accelerator, "scaler", None):
             self.objects["scaler"] = accelerator.scaler
-        self.objective = config.objective(pipeline.schedule, pipeline.prediction_type)
-        self.projected = config.conditioning == "embedding"
         self.validation: Validation | None = None
         self.step, self.samples = 0, 0
-        self.watch = LossWatch()
+        self.skipped, self.skipped_in_a_row = 0, 0
         self.best: dict | None = None  # step and scores of the best validation
         if config.compile:
             self.networks.compile()
 
-    def network(self, role: str, conditioning: Conditioning):
-        """A role's UNet as a function of (x, t, gamma)."""
+    def train(self, stop: StopRequest | None = None) -> Iterator[Progress]:
+        """Steps up to max_train_steps: Algorithm 1.
 
-        def net(x: Tensor, t: Tensor, gamma: Tensor | None) -> Tensor:
-            phi = (
-                gamma_embedding(gamma.to(x), GAMMA_DIM, self.config.gamma_bandwidth)
-                if self.projected and gamma is not None
-                else None
+        Raises FloatingPointError, naming the last checkpoint, for a loss not finite or one that explodes and for
+        SKIPPED_IN_A_ROW gradients that are not finite, CheckpointError for a checkpoint that cannot be written, and
+        StoppedError, after a checkpoint, when any process has been asked to stop.
+        """
+        config = self.config
+        whole = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        while self.step < config.max_train_steps:
+            since = time.perf_counter()
+            loss, stopping = self._agree(self._backward(), stop)
+            self._check(self.watch.fault(loss), "the loss")
+            rate = self._learning_rate(self.step)
+            norm = self._clip()
+            if self._descend(rate, norm):
+                update_averages(self.networks, self.step + 1, config.ema_decay, config.release_decay)
+            self.step += 1
+            self.samples += whole
+            yield Progress(
+                step=self.step,
+                loss=loss,
+                gradient_norm=norm,
+                learning_rate=rate,
+                images=whole,
+                unet_forwards=whole * config.unet_forwards_per_sample,
+                skipped=self.skipped,
+                seconds=time.perf_counter() - since,
             )
-            with self.networks.use(role) as unet:
-                return unet(x, t, **unet_arguments(conditioning), timestep_cond=phi).sample
+            last = self.step == config.max_train_steps
+            # After the caller has logged the step, so that a log never lacks a step that its checkpoint has.
+            if self.step % config.checkpointing_steps == 0 or last or stopping:
+                folder = self.save()
+            if stopping and not last:
+                raise StoppedError(
+                    f"stopped at step {self.step}. Go on with --resume-from-checkpoint latest ({folder})."
+                )
 
-        return net
-
-    def loss(self, indices: range) -> Tensor:
-        """The objective's mean over the samples of these indices."""
-        pipeline = self.pipeline
-        schedule = pipeline.schedule
-        latents, conditioning = self.data.batch(indices)
-        noise, u_t, u_gamma = (part.to(latents.device) for part in draws(self.config.seed, indices, latents.shape[1:]))
-        t = draw_timesteps(u_t, schedule.num_train_timesteps, self.config.timestep_power)
-        x_t = add_noise(latents, noise, t, schedule)
-
-        def teacher(x: Tensor, t: Tensor) -> Tensor:
-            with self.networks.use("teacher"):
-                output = guided_output(pipeline, x, t, conditioning, self.negative, self.config.guidance_scale)
-            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
-
-        student, target = self.network("student", conditioning), self.network("target", conditioning)
-        gamma = sample_gamma(u_gamma, self.config.gamma_one_probability)
-        with self.accelerator.autocast(), _attention(latents.device):
-            return self.objective(student, target, teacher, x_t, t, gamma).mean()
+    def losses(self, indices: range) -> Iterator[tuple[str, Tensor]]:
+        """What the stage gives for the samples of these indices: each role that learns and its loss []."""
+        stage = self.stage.losses(*self.data.batch(indices), indices)
+        while True:
+            with self.accelerator.autocast(), plain_attention(self.accelerator.device):  # but not while others run
+                pair = next(stage, None)
+            if pair is None:
+                return
+            yield pair
 
     def _backward(self) -> Tensor:
         """The gradient of one optimizer step, from --gradient-accumulation-steps batches; the loss [] of this process.
@@ -169,64 +188,56 @@ class Distillation:
         total = torch.zeros((), device=accelerator.device)
         for turn in range(many):
             start = self.samples + (turn * accelerator.num_processes + accelerator.process_index) * batch
-            last = turn + 1 == many
             # Sharded gradients are summed as shards: waiting for the last batch would take them whole.
-            together = last or self.networks.sharded
+            together = turn + 1 == many or self.networks.sharded
             with contextlib.nullcontext() if together else accelerator.no_sync(self.networks.student):
-                loss = self.loss(range(start, start + batch))
-                # A checkpointed backward pass runs forward again and must pick the same attention.
-                with _attention(accelerator.device):
+                for _, loss in self.losses(range(start, start + batch)):
                     part = loss / many if many > 1 else loss
-                    accelerator.backward(part)
-            total += loss.detach() / many if many > 1 else loss.detach()
+                    # A checkpointed backward pass runs forward again and must pick the same attention.
+                    with plain_attention(accelerator.device):
+                        accelerator.backward(part)
+                    total += part.detach()
         return total
 
-    def train(self) -> Iterator[Progress]:
-        """Steps up to max_train_steps. Raises FloatingPointError, naming the last checkpoint, for a loss not finite
-        or one that explodes, and CheckpointError for a checkpoint that cannot be written."""
-        config, accelerator = self.config, self.accelerator
-        whole = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        while self.step < config.max_train_steps:
-            since = time.perf_counter()
-            loss = accelerator.reduce(self._backward(), "mean").item()
-            self._watch(loss)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(self.step)
-            norm = self._descend()
-            self.step += 1
-            self.samples += whole
-            update_averages(self.networks, self.step, config.ema_decay, config.release_decay)
-            yield Progress(
-                step=self.step,
-                loss=loss,
-                gradient_norm=float(norm),
-                learning_rate=self._learning_rate(self.step - 1),
-                images=whole,
-                unet_forwards=whole * config.unet_forwards_per_sample,
-                seconds=time.perf_counter() - since,
-            )
-            # After the caller has logged the step, so that a log never lacks a step that its checkpoint has.
-            if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
-                self.save()
+    def _agree(self, loss: Tensor, stop: StopRequest | None) -> tuple[float, bool]:
+        """The mean loss of the processes, and whether any of them has been asked to stop: a step's first wait."""
+        asked = torch.full_like(loss, float(bool(stop)))
+        mean, stopping = self.accelerator.reduce(torch.stack([loss, asked]), "mean").tolist()
+        return mean, stopping > 0
 
-    def _descend(self) -> Tensor | float:
-        """Step the optimizer along the gradient, clipped to --max-grad-norm; its norm [] before that."""
-        clip = self.accelerator.clip_grad_norm_
-        if self.networks.sharded:  # accelerate clips only what it has sharded itself
-            clip = clip_grad_norm_
+    def _clip(self) -> float:
+        """Clip the gradient to --max-grad-norm; its norm before that, the same on every process: the second wait."""
+        # Accelerate clips only what it has sharded itself.
+        clip = clip_grad_norm_ if self.networks.sharded else self.accelerator.clip_grad_norm_
         norm = clip(self.networks.trainable(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if self.networks.sharded else norm
+        return float(norm.full_tensor() if self.networks.sharded else norm)
 
-    def _watch(self, loss: float) -> None:
-        """Raises FloatingPointError for a loss that is not finite or explodes. It is the same on every process."""
-        fault = self.watch.fault(loss)
-        if fault:
-            raise FloatingPointError(
-                f"the loss {fault} at step {self.step + 1}. Lower --learning-rate; the last good "
-                f"checkpoint is {latest_checkpoint(self.config.output_dir) or 'not there yet'}."
-            )
+    def _descend(self, rate: float, norm: float) -> bool:
+        """Step along the gradient, unless it is not finite; whether it was. Raises FloatingPointError if too often."""
+        finite = math.isfinite(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if finite or "scaler" in self.objects:  # a scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            self._check(f"has not been finite for {SKIPPED_IN_A_ROW} steps", "the gradient")
+        return finite
+
+    def _check(self, fault: str | None, what: str) -> None:
+        """Raises FloatingPointError for a fault. It is the same on every process."""
+        if fault is None:
+            return
+        half = self.config.mixed_precision == "fp16"
+        cure = "Lower --learning-rate" + (", or take --mixed-precision bf16 or no" if half else "")
+        if self.step == 0 and self.skipped == 0:
+            cure = "No step has been made yet: it comes of the teacher or the data"
+        raise FloatingPointError(
+            f"{what} {fault} at step {self.step + 1}. {cure}; the last good checkpoint is "
+            f"{latest_checkpoint(self.config.output_dir) or 'not there yet'}."
+        )
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -280,7 +291,8 @@ class Distillation:
         facts = {
             "step": self.step,
             "samples": self.samples,
-            **self.watch.state_dict(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "best": self.best,
             "processes": accelerator.num_processes,
             "teacher_hash": self.teacher_hash,
@@ -294,7 +306,7 @@ class Distillation:
     def free(self) -> None:
         """Let go of the networks and the optimizer: what is left is to write the result."""
         self.accelerator.free_memory()
-        self.networks = self.optimizer = self.validation = self.objects = None
+        self.networks = self.optimizer = self.validation = self.stage = self.objects = None
         self.pipeline.unet = None
         gc.collect()
 
@@ -321,13 +333,8 @@ class Distillation:
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
         self.step, self.samples = facts["step"], facts["samples"]
-        self.watch.load_state_dict(facts)
+        self.skipped, self.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
         self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
         for left in config.output_dir.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         return folder, found
-
-
-def _attention(device: torch.device):
-    """On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

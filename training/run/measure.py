@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from .config import Config
 from .loop import Distillation
 from .networks import load_teacher
 from .plan import GB
+from .processes import join_processes
 from .report import peak_memory
 
 
@@ -23,7 +23,7 @@ def measure(config: Config, steps: int = 3) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=Path(folder), checkpointing_steps=10**9, resume_from_checkpoint=None)
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        accelerator = join_processes(config.mixed_precision)
         few = replace(config, max_train_steps=min(config.max_train_steps, 2 + steps))  # data are made for all of them
         run = Distillation(few, load_teacher(config, accelerator.device), accelerator)
         seconds = []

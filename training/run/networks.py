@@ -1,4 +1,7 @@
-"""Teacher, student, target and release average of one run: four UNets, or one UNet with LoRA adapters switched."""
+"""Teacher, student, target and release average of one run: four UNets, or one UNet with LoRA adapters switched.
+
+The pipeline's own UNet is the teacher all the while: whatever asks the pipeline asks the teacher.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from splam_core import ema_update, release_decay_at
+from splam_core import ema_update, gamma_embedding, release_decay_at, sinusoid_frequencies
+from splam_core.denoiser import Network
 from splam_core.recipe import LORA_TARGETS
 
 from ..models.load import load_pipeline
 from ..models.lora import merged
-from ..models.pipeline import DTYPES, Pipeline
+from ..models.pipeline import DTYPES, Conditioning, Pipeline, unet_arguments
 from .config import Config
 from .sharding import gathered, own_shards, shard, shards_of
 
@@ -52,14 +56,37 @@ def base_dtype(config: Config) -> torch.dtype:
     return DTYPES[config.teacher_dtype]
 
 
-class FullNetworks:
+class _Networks:
+    """What both kinds of networks share: a role as a function, and how it is told gamma."""
+
+    def __init__(self, pipeline: Pipeline, config: Config) -> None:
+        self.bandwidth = config.gamma_bandwidth
+        projected = config.conditioning == "embedding"
+        self.frequencies = sinusoid_frequencies(GAMMA_DIM).to(pipeline.device) if projected else None
+
+    def net(self, role: str, conditioning: Conditioning) -> Network:
+        """A role's UNet as a function of (x [B, ...], t [B], gamma [B] or None), told these prompts."""
+        told = unet_arguments(conditioning)
+
+        def net(x: Tensor, t: Tensor, gamma: Tensor | None) -> Tensor:
+            phi = None
+            if self.frequencies is not None and gamma is not None:
+                phi = gamma_embedding(gamma.to(x), GAMMA_DIM, self.bandwidth, frequencies=self.frequencies)
+            with self.use(role) as unet:
+                return unet(x, t, **told, timestep_cond=phi).sample
+
+        return net
+
+
+class FullNetworks(_Networks):
     """The teacher as it was loaded, and a student and a target that are fp32 UNets of their own.
 
     With a mesh all three lie in shards over its processes, which must then take part in every forward pass together.
     """
 
     def __init__(self, pipeline: Pipeline, config: Config, mesh: DeviceMesh | None = None) -> None:
-        self.pipeline, self.teacher, self.sharded = pipeline, pipeline.unet, mesh is not None
+        super().__init__(pipeline, config)
+        self.teacher, self.sharded = pipeline.unet, mesh is not None
         self.student: nn.Module = make_student(pipeline.unet, config.conditioning)
         nn.Module.to(self.teacher, base_dtype(config))  # diffusers' own `to` warns of every cast
         if mesh is not None:
@@ -75,15 +102,13 @@ class FullNetworks:
 
     @contextlib.contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
-        """The UNet of a role; `pipeline.unet` is it meanwhile."""
-        before, swapped = self.pipeline.unet, role == "release"
-        self.pipeline.unet = {"teacher": self.teacher, "student": self.student}.get(role, self.target)
+        """The UNet of a role. The release average lies in the target's place meanwhile."""
+        swapped = role == "release"
         if swapped:
             _exchange(self.weights("target"), self.release)
         try:
-            yield self.pipeline.unet
+            yield {"teacher": self.teacher, "student": self.student}.get(role, self.target)
         finally:
-            self.pipeline.unet = before
             if swapped:
                 _exchange(self.weights("target"), self.release)
 
@@ -119,7 +144,37 @@ class FullNetworks:
         return {key: weight.cpu().clone() for key, weight in self.whole(role).items() if "cond_proj" not in key}
 
 
-class LoraNetworks:
+class AdaptedUNet:
+    """One UNet with its adapters, seen as the UNet of one role: called as a UNet is, and the student's again after."""
+
+    def __init__(self, networks: LoraNetworks, role: str) -> None:
+        self.networks, self.role = networks, role
+
+    def __call__(self, *inputs, **arguments):
+        self.networks.switch(self.role)
+        try:
+            return self.networks.unet(*inputs, **arguments)
+        finally:  # a checkpointed backward pass runs the student again
+            self.networks.switch("student")
+
+    @property
+    def config(self):
+        return self.networks.unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.networks.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.networks.unet.device
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The frozen UNet's weights under its own names, whatever the role."""
+        return self.networks.base()
+
+
+class LoraNetworks(_Networks):
     """One frozen UNet: without adapter the teacher, with "target" or "student" those (peft). Adapters are fp32.
 
     The gamma projection is trained beside the student's adapter. The target needs none: it is only asked at gamma = 1,
@@ -129,7 +184,8 @@ class LoraNetworks:
     sharded = False
 
     def __init__(self, pipeline: Pipeline, config: Config) -> None:
-        self.pipeline, self.rank, self.alpha = pipeline, config.lora_rank, config.lora_alpha or config.lora_rank
+        super().__init__(pipeline, config)
+        self.rank, self.alpha = config.lora_rank, config.lora_alpha or config.lora_rank
         unet = nn.Module.to(pipeline.unet, base_dtype(config))
         if config.conditioning == "embedding":
             unet = _with_projection(unet, copied=False)
@@ -147,13 +203,15 @@ class LoraNetworks:
                 parameter.data = parameter.data.float()
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.student: nn.Module = unet.train()
-        pipeline.unet = unet
+        self.unet = unet.train()
+        self.student: nn.Module = self.unet
+        pipeline.unet = AdaptedUNet(self, "teacher")
         _copy(self.weights("target"), self.weights("student"))
         self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
-        self._switch("student")
+        self.switch("student")
 
-    def _switch(self, role: str) -> None:
+    def switch(self, role: str) -> None:
+        """Make the UNet that of a role, till the next switch. It is the student's wherever nobody asks."""
         # Not peft's set_adapter: it also turns requires_grad of the other adapters off, which would drop the student's
         # parameters out of an optimizer step or out of DistributedDataParallel's books.
         for layer in self.layers:
@@ -162,19 +220,14 @@ class LoraNetworks:
                 layer._active_adapter = [role]
 
     @contextlib.contextmanager
-    def use(self, role: str) -> Iterator[nn.Module]:
-        """The UNet of a role. Outside it is the student, which a checkpointed backward pass runs again."""
-        if role == "student":
-            yield self.student
-            return
+    def use(self, role: str) -> Iterator[nn.Module | AdaptedUNet]:
+        """The UNet of a role. The release average lies in the target's place meanwhile."""
         swapped = role == "release"
         if swapped:
             _exchange(self.weights("target"), self.release)
-        self._switch("target" if swapped else role)
         try:
-            yield self.pipeline.unet
+            yield self.student if role == "student" else AdaptedUNet(self, "target" if swapped else role)
         finally:
-            self._switch("student")
             if swapped:
                 _exchange(self.weights("target"), self.release)
 
@@ -187,7 +240,7 @@ class LoraNetworks:
             return self.release
         return {
             name.replace(f".{role}.", "."): parameter.data
-            for name, parameter in self.pipeline.unet.named_parameters()
+            for name, parameter in self.unet.named_parameters()
             if f".{role}." in name or (role == "student" and name == _COND_PROJ)
         }
 
@@ -197,23 +250,27 @@ class LoraNetworks:
         return whole
 
     def compile(self) -> None:
-        self.pipeline.unet.compile()
+        self.unet.compile()
 
     def lora(self, role: str) -> dict[str, Tensor]:
         """The adapter of a role, on the CPU, under peft's names."""
         weights = self.weights(role)
         return {key: weight.detach().cpu().clone() for key, weight in weights.items() if key != _COND_PROJ}
 
+    def base(self) -> dict[str, Tensor]:
+        """The frozen UNet's weights under its own names."""
+        return {
+            name.replace(".base_layer.", "."): weight.detach()
+            for name, weight in self.unet.state_dict().items()
+            if ".lora_" not in name and "cond_proj" not in name
+        }
+
     def export(self, role: str) -> dict[str, Tensor]:
         """The plain UNet's fp32 state dict with the adapter merged in.
 
         Exact only as the base is: where that is held in 16 bits, merge into the teacher's own file (`merged`).
         """
-        base = {
-            name.replace(".base_layer.", "."): weight.detach().float().cpu()
-            for name, weight in self.pipeline.unet.state_dict().items()
-            if ".lora_" not in name and "cond_proj" not in name
-        }
+        base = {name: weight.float().cpu() for name, weight in self.base().items()}
         return merged(base, self.lora(role), self.alpha / self.rank)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ class Sheets:
         pipeline, home = self.pipeline, self.pipeline.vae.device
         pipeline.encoders_to(pipeline.device)  # where they were, if training needs them
         try:
-            with self.networks.use(role):
-                seeds = range(len(self.prompts))
-                latents = generate(pipeline, self.prompts, seeds, sampler, steps, guidance_scale, self.batch_size)
+            with self.networks.use(role) as unet:
+                drawn, seeds = replace(pipeline, unet=unet), range(len(self.prompts))
+                latents = generate(drawn, self.prompts, seeds, sampler, steps, guidance_scale, self.batch_size)
             # One by one where a picture is large: the decoder's own activations are.
             return to_images(pipeline.decode(latents, 1 if latents.shape[-1] > 64 else self.batch_size))
         finally:

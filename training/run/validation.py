@@ -11,7 +11,7 @@ from torch import Tensor
 from splam_core import add_noise, draws, few_step_timesteps
 
 from ..models.pipeline import Conditioning, Pipeline
-from ..scoring.curves import SOLVER_SKIP, mean_squares, student_function, teacher_function, teacher_path
+from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function, teacher_function, teacher_path
 from .networks import Networks
 
 STEPS = 4  # the timesteps judged are those of four-step sampling
@@ -59,8 +59,7 @@ class Validation:
                 one = {key: value[chosen] for key, value in conditioning.items()}
                 x_t = add_noise(latents[chosen], noise[chosen], torch.tensor(t), pipeline.schedule)
                 teacher = teacher_function(pipeline, one, negative, guidance_scale)
-                with networks.use("teacher"):
-                    path = teacher_path(teacher, x_t, t, pipeline.schedule, step)
+                path = teacher_path(teacher, x_t, t, pipeline.schedule, step)
                 self.groups.append((t, x_t, path[min(skip // step, len(path) - 1)], path[-1], one))
 
     @torch.no_grad()
@@ -73,7 +72,7 @@ class Validation:
                 start = torch.full((len(x_t),), t, device=x_t.device)
                 here, there = F(x_t, start), F(x_s, (start - self.skip).clamp(min=0))
                 squares[t] = squares.get(t, 0.0) + mean_squares(here - end).sum().item()
-                differences[t] = differences.get(t, 0.0) + (here - there).double().abs().flatten(1).mean(1).sum().item()
+                differences[t] = differences.get(t, 0.0) + float64(here - there).abs().flatten(1).mean(1).sum().item()
                 counts[t] = counts.get(t, 0) + len(x_t)
         return Score(
             loss=(sum(squares.values()) / sum(counts.values())) ** 0.5,

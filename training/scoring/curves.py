@@ -146,7 +146,12 @@ def teacher_function(
 
 def mean_squares(difference: Tensor) -> Tensor:
     """The mean square over the components of each sample: [B, ...] -> [B]."""
-    return difference.double().square().flatten(1).mean(1)
+    return float64(difference).square().flatten(1).mean(1)
+
+
+def float64(x: Tensor) -> Tensor:
+    """x in float64: on the CPU where its device has none (Apple's MPS)."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 def _full(x: Tensor, t: int) -> Tensor:

@@ -273,7 +273,7 @@ def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, batch
         texts = clip.tokenize(list(captions[start : start + len(images)])).to(device)
         start += len(images)
         pictures = clip.model.encode_image(images.to(device), normalize=True)
-        cosines.append((pictures * clip.model.encode_text(texts, normalize=True)).sum(1).double().cpu())
+        cosines.append((pictures * clip.model.encode_text(texts, normalize=True)).sum(1).cpu().double())
     return 100 * torch.cat(cosines).mean().item()
 
 

@@ -1,0 +1,58 @@
+"""Consistency distillation: Algorithm 1's loss of a batch.
+
+A stage of training gives (role, loss) pairs of a batch, one for each network that learns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from splam_core import Objective, add_noise, draw_timesteps, draws, predict_epsilon, sample_gamma
+
+from ..models.pipeline import Conditioning, Pipeline
+from ..models.sampling import guided_output
+from .config import Config
+from .networks import Networks
+
+
+@dataclass
+class Consistency:
+    """The student learns to be consistent along its sub-paths (SPLAM, Direct Linking) or the teacher's path (LCM)."""
+
+    config: Config
+    teacher: Pipeline  # its UNet is the teacher
+    negative: Conditioning  # what guidance takes for no prompt
+    networks: Networks
+    objective: Objective
+
+    def losses(self, latents: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[str, Tensor]]:
+        """("student", its loss [], the mean over a batch of samples): latents [B, C, h, w] are those of `indices`."""
+        config, teacher, schedule = self.config, self.teacher, self.teacher.schedule
+        drawn = draws(config.seed, indices, latents.shape[1:])
+        noise, u_t, u_gamma = (_to(part, latents.device) for part in drawn)
+        t = draw_timesteps(u_t, schedule.num_train_timesteps, config.timestep_power)
+        gamma = sample_gamma(u_gamma, config.gamma_one_probability)
+        x_t = add_noise(latents, noise, t, schedule)
+
+        def guided_epsilon(x: Tensor, t: Tensor) -> Tensor:
+            output = guided_output(teacher, x, t, conditioning, self.negative, config.guidance_scale)
+            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), teacher.prediction_type)
+
+        student, target = (self.networks.net(role, conditioning) for role in ("student", "target"))
+        yield "student", self.objective(student, target, guided_epsilon, x_t, t, gamma).mean()
+
+
+def plain_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def _to(part: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory a copy is not waited for.
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
