@@ -22,35 +22,38 @@ SOURCES = {
     "MASK": ["mask", 0],
     "LATENT_OPERATION": ["operation", 0],
 }
-# Nodes that cannot be tried on a small Stable Diffusion without files, and what they would need.
+WIDGETS = {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"}
+# Left out, and what each would need; beside every node with another socket (a ControlNet's MODEL_PATCH, AUDIO, ...).
 LEFT_OUT = {
-    "HypernetworkLoader": "a hypernetwork file",
-    "LoraModelLoader": "a LoRA just trained",
-    "QwenImageDiffsynthControlnet": "a MODEL_PATCH of Qwen Image",
+    "FluxKVCache": "Flux",
+    "HiDreamO1PatchSeamSmoothing": "a flow model",
+    "HypernetworkLoader": "a file",
+    "ModelNoiseScale": "a flow model",
     "TorchCompileModel": "a C++ compiler and minutes",
     "TrainLoraNode": "a training run",
-    "USOStyleReference": "a MODEL_PATCH of Flux",
+    "TripoSplatSamplingPreview": "TripoSplat",
 }
-
-
 OTHER_ARCHITECTURES = "comfy_extras.nodes_model_merging_model_specific"  # merges that name Flux's blocks, WAN's, ...
 
 
 def model_nodes(server) -> dict:
     """What /object_info says of each that can be tried, without this pack's and the tests' own."""
 
-    def takes_and_gives(about: dict) -> bool:
-        inputs = [spec[0] for group in about["input"].values() if isinstance(group, dict) for spec in group.values()]
-        return "MODEL" in inputs and "MODEL" in about["output"]
+    def can_be_tried(kind: str, about: dict) -> bool:
+        required = [spec[0] for spec in about["input"].get("required", {}).values()]
+        sockets = {type_ for type_ in required if isinstance(type_, str)} - WIDGETS
+        home = about["python_module"]
+        return (
+            "MODEL" in sockets
+            and "MODEL" in about["output"]
+            and sockets <= set(SOURCES)
+            and kind not in LEFT_OUT
+            and not home.startswith("custom_nodes.")
+            and (kind == "ModelMergeSD1" or home != OTHER_ARCHITECTURES)
+        )
 
-    return {
-        kind: about
-        for kind, about in sorted(server.get("/object_info").items())
-        if takes_and_gives(about)
-        and kind not in LEFT_OUT
-        and not about["python_module"].startswith("custom_nodes.")
-        and (kind == "ModelMergeSD1" or about["python_module"] != OTHER_ARCHITECTURES)
-    }
+    nodes = sorted(server.get("/object_info").items())
+    return {kind: about for kind, about in nodes if can_be_tried(kind, about)}
 
 
 def patched(kind: str, about: dict) -> dict:
@@ -59,9 +62,8 @@ def patched(kind: str, about: dict) -> dict:
     for name, (type_, *options) in about["input"].get("required", {}).items():
         options = options[0] if options else {}
         choices = type_ if isinstance(type_, list) else options.get("options", [])
-        inputs[name] = SOURCES[type_] if isinstance(type_, str) and type_ in SOURCES else None
-        if inputs[name] is None:
-            inputs[name] = options.get("default", choices[0] if choices else None)
+        default = options.get("default", choices[0] if choices else None)
+        inputs[name] = SOURCES.get(type_, default) if isinstance(type_, str) else default
     return node(kind, **inputs)
 
 
