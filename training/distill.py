@@ -25,11 +25,12 @@ if __package__ in (None, ""):  # run by path
     __package__ = "training"
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from training.run.config import Config, parse_command
-from training.run.identity import check_folder
+from training.run.identity import check_folder, only_writer
 from training.run.loop import Distillation, Progress
 from training.run.measure import measure
 from training.run.networks import load_teacher
@@ -54,24 +55,28 @@ def distill(config: Config, stop: StopRequest | None = None) -> None:
     """
     stop = stop or StopRequest()
     accelerator = join_processes(config.mixed_precision)
-    on_main(accelerator, lambda: check_folder(config.output_dir, config.resume_from_checkpoint))
+    with contextlib.ExitStack() as held, memory_explained(config):
+        on_main(accelerator, lambda: held.enter_context(only_writer(config.output_dir)))
+        on_main(accelerator, lambda: check_folder(config.output_dir, config.resume_from_checkpoint))
+        _run(config, accelerator, stop)
+        accelerator.wait_for_everyone()
+
+
+def _run(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     set_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    with memory_explained(config):
-        run = Distillation(config, load_teacher(config, accelerator.device), accelerator)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        if config.resume_from_checkpoint:
-            folder, changed = run.resume(config.resume_from_checkpoint)
-            accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir}: starting anew")
-            for one in changed:
-                accelerator.print(f"changed since: {one}")
-        accelerator.print(f"data: {run.data.describe()}")
-        if accelerator.is_main_process:
-            (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
-            _watched(run, stop)
-        else:
-            _beside(run, stop)
-    accelerator.wait_for_everyone()
+    run = Distillation(config, load_teacher(config, accelerator.device), accelerator)
+    if config.resume_from_checkpoint:
+        folder, changed = run.resume(config.resume_from_checkpoint)
+        accelerator.print(f"resumed {folder}" if folder else f"no checkpoint in {config.output_dir}: starting anew")
+        for one in changed:
+            accelerator.print(f"changed since: {one}")
+    accelerator.print(f"data: {run.data.describe()}")
+    if accelerator.is_main_process:
+        (config.output_dir / "config.json").write_text(json.dumps(config.settings(), indent=2), encoding="utf-8")
+        _watched(run, stop)
+    else:
+        _beside(run, stop)
 
 
 def _shows(config: Config, step: int) -> bool:

@@ -218,3 +218,11 @@ def test_processes_that_form_no_group_are_refused(monkeypatch, environment, expe
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(ValueError, match=expected):
         join_processes()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 2 of this machine finds no GPU of its own: start 1"):
+        join_processes()

@@ -25,7 +25,7 @@ from training.run.checkpoints import (
     start_folder,
     write_objects,
 )
-from training.run.identity import weights_digest
+from training.run.identity import only_writer, weights_digest
 from training.run.loop import Distillation
 from training.run.sharding import OptimizerState
 from training.run.stopping import StopRequest
@@ -125,7 +125,7 @@ def begun(small, tiny_pipeline, tmp_path_factory):
 
 
 def state_of(folder):
-    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,13 @@ def test_a_used_folder_is_left_as_it_is(small, tiny_pipeline, begun, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: expected a folder"):
         small(tiny_pipeline, tmp_path / "file", 1)
+
+
+def test_a_folder_has_one_writer_at_a_time(small, tiny_pipeline, tmp_path):
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run is writing"):
+        small(tiny_pipeline, tmp_path, 1, "--resume-from-checkpoint", "latest")
+    with only_writer(tmp_path):
+        pass
 
 
 def test_a_system_that_flushes_only_what_may_be_written(tmp_path, monkeypatch):

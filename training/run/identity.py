@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -53,13 +55,45 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any], data: frozenset[str
     return list(said.values())
 
 
+@contextlib.contextmanager
+def only_writer(output_dir: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made. However the process ends, the system lets go of it.
+
+    Raises ValueError where another process holds it, or where it is no folder.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file: expected a folder, or nothing yet.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "ab") as file:
+        if not _locked(file):
+            raise ValueError(f"another run is writing {output_dir}. Take another --output-dir, or end that one first.")
+        yield
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Whether nobody else has locked an open file; so too where the file system knows no locks."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def check_folder(output_dir: Path, resume: str | None) -> None:
     """Raises ValueError where a run would write over what another left: nothing has been written then.
 
     resume: None, "latest" or a checkpoint's folder.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output-dir {output_dir} is a file: expected a folder, or nothing yet.")
     found = sorted(path.name for pattern in LEFT for path in output_dir.glob(pattern))
     own = resume == "latest" or (resume is not None and Path(resume).resolve().parent == output_dir.resolve())
     if found and not own:
