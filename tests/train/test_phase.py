@@ -13,6 +13,8 @@ from training.data import DataOptions, open_data
 from training.data.base import Share
 from training.data.latents import Encoder
 from training.models.load import load_pipeline
+from training.prepare import parse as prepare_flags
+from training.prepare import prepare
 from training.run import loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +114,18 @@ def test_pictures_that_fit_nowhere_are_encoded_when_they_are_needed(opened, monk
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded"))
     data.make(16, 4, Share())
     assert data.needs_encoders and "made when first needed" in data.describe()
+
+
+def test_captions_that_are_cut_are_counted(opened, tiny_pipeline, prompts, tmp_path, capsys):
+    prompts.write_text("\n".join("fox " * (20 * number) for number in range(1, 9)))  # from the fourth on too long
+    for _ in range(2):  # made, and from the cache
+        data = opened(num_held_out=0)
+        data.make(8, 0, Share())
+        assert "5 with captions cut at 77 tokens" in data.describe()
+    words = ("--teacher", tiny_pipeline, "--data", prompts, "--output-dir", tmp_path / "set", "--prompt-steps", "2")
+    prepare(*prepare_flags([str(word) for word in words]))
+    assert "5 with captions cut at 77 tokens" in capsys.readouterr().out
+    assert "5 with captions cut at 77 tokens" in opened(spec=tmp_path / "set").describe()
 
 
 def test_a_bad_sample_has_its_stand_in_made_before_training(opened, monkeypatch):

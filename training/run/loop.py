@@ -23,7 +23,7 @@ from splam_core import LossWatch, Objective, learning_rate_share
 from ..data import TrainingData
 from ..data.base import Share
 from ..data.phase import make_data
-from ..models.pipeline import Pipeline
+from ..models.pipeline import DTYPES, Pipeline
 from .checkpoints import (
     WRITE_ERRORS,
     RandomState,
@@ -90,6 +90,7 @@ class Distillation:
                 whole * config.gradient_accumulation_steps * config.max_train_steps,
                 config.validation_samples,
                 Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+                DTYPES[config.teacher_dtype],
             )
         self.data = data
         # A LoRA is one on the teacher as it is computed with; whole weights begin as the teacher's own.
