@@ -25,11 +25,9 @@ if __package__ in (None, ""):  # run by path
     # Before the libraries that would: scoring downloads nothing.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 
-from training.models.pipeline import DTYPES
-from training.models.sampling import SAMPLERS, unet_evaluations
-from training.models.teachers import NAMED
+from training.flags import add_flags, given_flags
+from training.models.sampling import unet_evaluations
 from training.scoring import report
 from training.scoring.drawing import Drawn, draw, load_model, measure_curves
 from training.scoring.embedded_scores import scores_of
@@ -43,7 +41,7 @@ from training.scoring.perceptual import (
     load_inception,
 )
 from training.scoring.protocols import PROTOCOLS
-from training.scoring.request import SCORES, Request, check, protocol_captions_of, size_of
+from training.scoring.request import GROUPS, SCORES, Request, check, protocol_captions_of, size_of
 
 
 def evaluate(request: Request) -> dict | None:
@@ -102,53 +100,9 @@ def full_scores(request: Request, drawn: Drawn, captions: list[str]) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = Request("")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(group, name: str, help: str, *also: str, **options) -> None:
-        destination = name.replace("-", "_")
-        default = getattr(defaults, destination, None)
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(f"--{name}", *also, dest=destination, default=default, help=help + shown, **options)
-
-    model = parser.add_argument_group("the model and how it is sampled")
-    named = f"{', '.join(NAMED)}, a diffusers or UNet folder, a single file, a Hub id in the cache, "
-    flag(model, "model", named + "or 'renders' or 'reconstructions' (the embedded protocol's ceilings)")
-    flag(model, "lora", "merged into the model: a .safetensors file, or a folder", type=Path)
-    flag(model, "lora-scale", "its strength", type=float)
-    flag(model, "gamma-embedding", "what a cond_proj of the checkpoint is told: splam, zero, or LCM's guidance_scale")
-    flag(model, "sampler", "dpm-solver++, unipc and lcm are diffusers' schedulers", choices=SAMPLERS)
-    flag(model, "steps", "of the sampler", type=int)
-    flag(model, "guidance-scale", "w; 1 is none, anything else costs two evaluations a step", type=float)
-    flag(model, "dtype", "of the weights", choices=DTYPES)
-    flag(model, "label", "the method's name in tables")
-
-    what = parser.add_argument_group("what is drawn")
-    flag(what, "protocol", "presets of the numbers of pictures, sizes and scores", choices=PROTOCOLS)
-    flag(what, "num-images", "the protocol's when left out; another number is a trial", type=int)
-    flag(what, "image-size", "px; the protocol's when left out", type=int)
-    flag(what, "prompts", "captions, one a line, or COCO's annotations (.json)", "--captions", type=Path)
-    flag(what, "seed", "of captions and noise", type=int)
-    flag(what, "batch-size", "pictures at a time; latencies are of this batch", type=int)
-    flag(what, "output-dir", "keep the pictures here; a run that was stopped goes on", type=Path)
-    flag(what, "shard", "I/N: draw the I-th (from 0) of N shares and do not score", type=_shard, metavar="I/N")
-    what.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-    how = parser.add_argument_group("scores")
-    flag(how, "scores", "of the full-size protocols", nargs="+", choices=SCORES)
-    flag(how, "reference", "folder of real pictures, or an .npz file with mu and sigma", type=Path)
-    flag(how, "save-reference", "write the reference's statistics and features to this .npz file", type=Path)
-    flag(how, "inception-weights", "torch-fidelity's; found in the cache when left out", type=Path)
-    flag(how, "clip-model", "open_clip's name, or local-dir:FOLDER")
-    flag(how, "clip-pretrained", "open_clip's tag of the weights")
-    flag(how, "clip-weights", "their file; found in the cache when left out", type=Path)
-    how.add_argument(
-        "--curves", type=int, nargs="?", const=128, default=0, metavar="N",
-        help="endpoint error and delta(t, 20) on N pictures (128); --num-images 0 leaves the other scores out",
-    )  # fmt: skip
-    flag(how, "teacher", "whose guided paths the endpoint error follows")
-    flag(how, "teacher-guidance-scale", "w of those paths", type=float)
-
+    for title, names in GROUPS.items():
+        add_flags(parser.add_argument_group(title), Request, names)
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, help="where the scores go; they are printed in any case")
     out.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="set results side by side; draws nothing")
@@ -157,25 +111,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N-1, got {text!r}")
-    return int(index), int(count)
-
-
 def main(arguments: list[str] | None = None) -> int:
     command = parser()
-    options = vars(command.parse_args(arguments))
+    options = given_flags(command, arguments)
     file, compared, markdown, plots = (options.pop(name) for name in ("json", "compare", "markdown", "plots"))
     try:
         if compared:
             results = report.read_results(compared)
-        elif options["model"] is None:
+        elif "model" not in options:
             command.error("--model says what to score; --compare sets results side by side")
         else:
-            options["scores"] = tuple(options["scores"])
-            result = evaluate(Request(**options))
+            result = evaluate(Request(**{**options, "scores": tuple(options.get("scores", SCORES))}))
             if result is None:
                 print("this share is drawn; run without --shard to score")
                 return 0

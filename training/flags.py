@@ -1,6 +1,7 @@
 """Flags from dataclasses: a field is a flag of the command line and, under the same name, a key of a TOML file.
 
-A field's metadata: help; choices; also (further names of the flag); parse (a function of its text); metavar.
+A field's metadata: help; choices; also (further names of the flag); parse (a function of its text); metavar;
+const (what the bare flag means).
 `--some-flag` and `--some_flag` are one.
 """
 
@@ -27,9 +28,10 @@ def flag(
     also: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
+    const: Any = None,
 ) -> Any:
     """A dataclass field that is a flag. One without a default must be in the file or on the command line: see to it."""
-    about = {"help": help, "choices": choices, "also": also, "parse": parse, "metavar": metavar}
+    about = {"help": help, "choices": choices, "also": also, "parse": parse, "metavar": metavar, "const": const}
     return field(metadata=about) if default is MISSING else field(default=default, metadata=about)
 
 
@@ -89,6 +91,8 @@ def _argument(entry: Field, hint: Any) -> tuple[list[str], dict[str, Any]]:
         }
         if parts and parts[1]:
             options["nargs"] = "+"
+        if about.get("const") is not None:
+            options |= {"nargs": "?", "const": about["const"]}
     default = entry.default
     if default is not MISSING and default is not None and hint is not bool:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

@@ -1,8 +1,10 @@
 """Generation is a matter of prompt and seed, can be stopped and shared, and scores are what they say."""
 
 import json
+import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.pictures import to_tensor
 from training.scenes.shapes import scene
-from training.scoring import report
+from training.scoring import perceptual, report
 from training.scoring.drawing import draw, load_model
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
 from training.scoring.pictures import read_picture
@@ -384,3 +386,9 @@ def test_the_published_results_can_be_compared(tmp_path, capsys):
 def test_bad_input_is_one_clear_error(arguments, message, capsys):
     assert main(["--num-images", "2", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_worker_processes_are_sent_can_be_pickled():
+    """Where processes are spawned (Windows, macOS, Python 3.14), a local function cannot."""
+    prepare = pickle.loads(pickle.dumps(partial(perceptual._pixels, size=4)))
+    assert prepare(Image.new("RGB", (8, 6))).shape == (3, 4, 4)

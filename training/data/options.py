@@ -41,7 +41,7 @@ class DataOptions:
     prompt_steps: int = flag(10, "DPM-Solver++ steps for such a picture")
     prompt_guidance_scale: float = flag(7.5, "w for such a picture")
     cache_latents: bool = flag(True, "keep latents and text embeddings on disk, if half of its free space is enough")
-    cache_dir: Path | None = flag(None, "where; none: the user's cache folder")  # noqa: RUF009
+    cache_dir: Path | None = flag(None, "where; none: the user's cache folder")
     cache_dtype: str = flag("fp16", "type they are kept in", ("fp16", "bf16", "fp32"))
 
     def __post_init__(self) -> None:

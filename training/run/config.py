@@ -45,7 +45,7 @@ class Config(Recipe):
             "also": ("--pretrained-teacher-model",),
         }
     )
-    output_dir: Path = flag(_OUTPUT, "checkpoints, log, sheets and the finished student go here")  # noqa: RUF009
+    output_dir: Path = flag(_OUTPUT, "checkpoints, log, sheets and the finished student go here")
     data: str | None = flag(None, "what to train on: see docs/data.md; none: what suits the teacher")
     data_options: DataOptions = field(default_factory=DataOptions)
     revision: str | None = flag(None, "branch, tag or commit of a teacher on the Hub", also=("--teacher-revision",))
@@ -87,7 +87,7 @@ class Config(Recipe):
     sample_every: int = flag(
         150, "steps between two sheets (teacher 50 steps; student 1, 2, 4, 8) and validations; 0 for no sheets"
     )
-    sample_prompts: Path | None = flag(None, "prompts of the sheets, one a line", also=("--validation-prompts",))  # noqa: RUF009
+    sample_prompts: Path | None = flag(None, "prompts of the sheets, one a line", also=("--validation-prompts",))
     validation_samples: int = flag(64, "held-out samples for validation, a quarter at each timestep; 0 for none")
     report_to: str = flag("tensorboard", "where curves and sheets are logged", ("tensorboard", "wandb", "all", "none"))
     export_dtype: str = flag("fp16", "of the finished student", ("fp32", "fp16", "bf16"))

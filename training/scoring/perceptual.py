@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -101,15 +102,17 @@ def load_inception(path: Path | None = None, device: str | torch.device = "cpu",
     return network.to(device)
 
 
+def _pixels(image: Image.Image, size: int | None) -> Tensor:
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(square(image, size) if size else image)).permute(2, 0, 1)
+
+
 @torch.no_grad()
 def inception_features(
     files: Sequence[Path], network: nn.Module, size: int | None = None, batch_size: int = 64
 ) -> Tensor:
     """Features [n, d] on the CPU of pictures, which are first made `square` of size px (None: all are of one size)."""
-
-    def prepare(image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(square(image, size) if size else image)).permute(2, 0, 1)
-
+    prepare = partial(_pixels, size=size)  # which a worker process of any start method can be sent
     device = next(network.parameters()).device
     return torch.cat([network(batch.to(device))[0].float().cpu() for batch in _batches(files, prepare, batch_size)])
 

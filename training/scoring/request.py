@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from splam_core import few_step_timesteps
 
-from ..models.teachers import resolve
+from ..flags import flag
+from ..models.pipeline import DTYPES
+from ..models.sampling import SAMPLERS
+from ..models.teachers import NAMED, resolve
 from .embedded_scores import drawn_captions, read_scene_captions
 from .perceptual import clip_weights, inception_weights
 from .protocols import PROTOCOLS, protocol_captions
@@ -18,38 +24,71 @@ SCENE_SOURCES = ("renders", "reconstructions")
 SCORES = ("inception", "clip")
 
 
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N-1, got {text!r}")
+    return int(index), int(count)
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to draw and to score; the command's flags."""
+    """What to draw and to score; the fields are the command's flags, in the groups of GROUPS."""
 
-    model: str  # a name of NAMED, a folder, a file, or "renders" and "reconstructions", which bound what can be reached
-    protocol: str = "embedded"
-    sampler: str = "splam"
-    steps: int = 4
-    guidance_scale: float = 1.0  # w; 1 is none
-    num_images: int | None = None  # None: the protocol's
-    seed: int = 0  # of captions and noise
-    prompts: Path | None = None
-    output_dir: Path | None = None  # keeps the pictures, and lets a run go on
-    batch_size: int = 64
-    image_size: int | None = None  # px; None: the protocol's
-    device: str = "cpu"
-    dtype: str = "fp32"
-    lora: Path | None = None
-    lora_scale: float = 1.0
-    gamma_embedding: str = "splam"  # what a cond_proj in the checkpoint was trained to be told; see fold_gamma
-    shard: tuple[int, int] | None = None  # (i, n): draw every n-th batch from the i-th on, and do not score
-    scores: tuple[str, ...] = SCORES  # of the protocols that are not embedded
-    reference: Path | None = None  # folder, or .npz
-    save_reference: Path | None = None
-    inception_weights: Path | None = None
-    clip_model: str = "ViT-g-14"
-    clip_pretrained: str = "laion2b_s12b_b42k"
-    clip_weights: Path | None = None
-    curves: int = 0  # pictures for endpoint error and delta; 0: neither
-    teacher: str = "embedded-teacher"  # whose paths the endpoint error follows
-    teacher_guidance_scale: float = 3.0
-    label: str | None = None  # the method's name in tables
+    model: str = flag(
+        help=f"{', '.join(NAMED)}, a diffusers or UNet folder, a single file, a Hub id in the cache, or 'renders' or "
+        f"'reconstructions' (the embedded protocol's ceilings)"
+    )
+    protocol: str = flag("embedded", "presets of the numbers of pictures, sizes and scores", tuple(PROTOCOLS))
+    sampler: str = flag("splam", "dpm-solver++, unipc and lcm are diffusers' schedulers", SAMPLERS)
+    steps: int = flag(4, "of the sampler")
+    guidance_scale: float = flag(1.0, "w; 1 is none, anything else costs two evaluations a step")
+    num_images: int | None = flag(None, "the protocol's when left out; another number is a trial")
+    seed: int = flag(0, "of captions and noise")
+    prompts: Path | None = flag(None, "captions, one a line, or COCO's annotations (.json)", also=("--captions",))
+    output_dir: Path | None = flag(None, "keep the pictures here; a run that was stopped goes on")
+    batch_size: int = flag(64, "pictures at a time; latencies are of this batch")
+    image_size: int | None = flag(None, "px; the protocol's when left out")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where it is drawn and scored")
+    dtype: str = flag("fp32", "of the weights", tuple(DTYPES))
+    lora: Path | None = flag(None, "merged into the model: a .safetensors file, or a folder")
+    lora_scale: float = flag(1.0, "its strength")
+    gamma_embedding: str = flag(
+        "splam", "what a cond_proj of the checkpoint is told: splam, zero, or LCM's guidance_scale"
+    )
+    shard: tuple[int, int] | None = flag(
+        None, "I/N: draw the I-th (from 0) of N shares and do not score", parse=_shard, metavar="I/N"
+    )
+    scores: tuple[str, ...] = flag(SCORES, "of the full-size protocols", SCORES)
+    reference: Path | None = flag(None, "folder of real pictures, or an .npz file with mu and sigma")
+    save_reference: Path | None = flag(None, "write the reference's statistics and features to this .npz file")
+    inception_weights: Path | None = flag(None, "torch-fidelity's; found in the cache when left out")
+    clip_model: str = flag("ViT-g-14", "open_clip's name, or local-dir:FOLDER")
+    clip_pretrained: str = flag("laion2b_s12b_b42k", "open_clip's tag of the weights")
+    clip_weights: Path | None = flag(None, "their file; found in the cache when left out")
+    curves: int = flag(
+        0,
+        "endpoint error and delta(t, 20) on N pictures (128); --num-images 0 leaves the other scores out",
+        metavar="N",
+        const=128,
+    )
+    teacher: str = flag("embedded-teacher", "whose guided paths the endpoint error follows")
+    teacher_guidance_scale: float = flag(3.0, "w of those paths")
+    label: str | None = flag(None, "the method's name in tables")
+
+
+GROUPS = {
+    "the model and how it is sampled": (
+        "model", "lora", "lora_scale", "gamma_embedding", "sampler", "steps", "guidance_scale", "dtype", "label",
+    ),
+    "what is drawn": (
+        "protocol", "num_images", "image_size", "prompts", "seed", "batch_size", "output_dir", "shard", "device",
+    ),
+    "scores": (
+        "scores", "reference", "save_reference", "inception_weights", "clip_model", "clip_pretrained", "clip_weights",
+        "curves", "teacher", "teacher_guidance_scale",
+    ),
+}  # fmt: skip
 
 
 def check(request: Request) -> None:
