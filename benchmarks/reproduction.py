@@ -27,7 +27,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splam_core import Denoiser, Objective, few_step_timesteps, multiple_estimation, renoise_generator, sample
+from splam_core import (
+    Denoiser,
+    Objective,
+    few_step_timesteps,
+    renoise_generator,
+    sample,
+    solver_path,
+)
 from training.models.load import load_pipeline
 from training.models.pipeline import DTYPES, Pipeline
 from training.models.sampling import generate, guided_output, unet_evaluations
@@ -126,9 +133,7 @@ class RandomJump(Objective):
     def __call__(self, student, target, teacher, x_t: Tensor, t: Tensor, gamma: Tensor) -> Tensor:
         schedule = self.denoiser.schedule
         with torch.no_grad():
-            path = multiple_estimation(
-                teacher, x_t, t, self.skip, self.solver_skip, schedule, self.solver, return_path=True
-            )
+            path = solver_path(teacher, x_t, t, self.skip, self.solver_skip, schedule, self.solver)
             steps = 1 + (gamma * (len(path) - 1)).long()
             x_s = torch.stack(path)[steps, torch.arange(len(steps))]
             s = (t - steps * self.solver_skip).clamp(min=0)

@@ -31,7 +31,7 @@ from .parametrisation import Parametrisation, parametrisation_of
 from .recipe import Recipe
 from .sampler import add_noise, fresh_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
-from .solver import SOLVERS, ddim_step, guided, multiple_estimation
+from .solver import SOLVERS, ddim_step, guided, multiple_estimation, solver_path
 from .subpath import DirectLinking, SubPath, SubPathLinear
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "save_file",
     "sinusoid",
     "sinusoid_frequencies",
+    "solver_path",
     "subpath_for",
     "weight_files",
 ]

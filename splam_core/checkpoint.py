@@ -48,7 +48,8 @@ def diffusers_to_ldm(
     names them, not. Raises ValueError for a key that Stable Diffusion does not have.
     """
     single = {UNET_PREFIX + new: unet[old] for old, new in _renamed(unet, unet_pairs(unet), "UNet").items()}
-    for old, new in _renamed(vae or {}, vae_pairs(vae or {}), "VAE").items():
+    vae = vae or {}
+    for old, new in _renamed(vae, vae_pairs(vae), "VAE").items():
         # The VAE's attention layers are linear in diffusers and 1x1 convolutions in LDM.
         linear = ".attn_1." in new and vae[old].ndim == 2
         single[VAE_PREFIX + new] = vae[old][:, :, None, None] if linear else vae[old]
@@ -305,12 +306,16 @@ def _require_name(path: Path, extensions: tuple[str, ...]) -> None:
 
 def _parsed(lora: Mapping[str, Tensor]) -> dict[str, LoraKey]:
     """The keys of a LoRA that are not a host's own, read."""
-    parsed = {key: lora_key(key) for key in lora if not key.startswith(_HOST_LORA_PREFIXES)}
-    unknown = next((key for key, found in parsed.items() if found is None), None)
-    if unknown is not None:
-        raise ValueError(
-            f"LoRA: expected keys ending in lora_A.weight, lora_B.weight, alpha, diff or diff_b, found {unknown!r}."
-        )
+    parsed = {}
+    for key in lora:
+        if key.startswith(_HOST_LORA_PREFIXES):
+            continue
+        found = lora_key(key)
+        if found is None:
+            raise ValueError(
+                f"LoRA: expected keys ending in lora_A.weight, lora_B.weight, alpha, diff or diff_b, found {key!r}."
+            )
+        parsed[key] = found
     return parsed
 
 
@@ -324,7 +329,7 @@ def _kohya_modules(parsed: Mapping[str, LoraKey]) -> dict[str, str]:
 
 def _alpha(key: LoraKey, rank: int, adapter: Mapping[str, Any]) -> float:
     """The alpha in alpha/rank that peft means for a module: its pattern's, else the adapter's, else the rank."""
-    found = adapter.get("lora_alpha", rank)
+    found: float = adapter.get("lora_alpha", rank)
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", key.module):
             found = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Denoiser:
     schedule: NoiseSchedule
     prediction_type: str = "epsilon"  # or "v_prediction"
     gamma_conditioning: str = "embedding"  # or "noise-level"
-    subpath: SubPath | None = None  # None: SubPathLinear(schedule)
+    subpath: SubPath = field(default=None)  # type: ignore[assignment]  # None: SubPathLinear(schedule)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -81,6 +81,8 @@ class Denoiser:
         seen_t = t
         if gamma is None:
             gamma = torch.ones_like(alpha)
+        elif s is None:
+            raise ValueError("a gamma needs s, the lower end of its sub-path")
         elif self.gamma_conditioning == "embedding":
             alpha, sigma = self.subpath.alpha(gamma, s, t), self.subpath.sigma(gamma, s, t)
         else:

@@ -217,7 +217,8 @@ def _diffusers_blocks(modules: set[str]) -> tuple[list[_Block], list[_Block]]:
 
 def _ldm_blocks(modules: set[str]) -> tuple[list[_Block], list[_Block]]:
     """A level of an LDM UNet ends where a resampler is found; the last one ends with the list."""
-    down, layers = [], []
+    down: list[_Block] = []
+    layers: list[bool] = []
     for n in range(1, _count(modules, r"input_blocks\.(\d+)")):
         if f"input_blocks.{n}.0.op" in modules:
             down.append(_Block(tuple(layers), True))

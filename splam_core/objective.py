@@ -78,6 +78,8 @@ class Objective:
             goal = self.denoiser(target, x_s, None, None, s)
         if self.method == "lcm":
             x_gamma, gamma = x_t, None
+        elif gamma is None:
+            raise ValueError(f"method {self.method!r} needs gamma [B]")
         else:
             x_gamma = self.denoiser.subpath.point(x_s, x_t, gamma, s, t)
         loss = self.distance(self.denoiser(student, x_gamma, gamma, s, t) - goal)

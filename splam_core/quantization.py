@@ -30,8 +30,8 @@ def dequantized(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | 
             f"its weights are quantised as {foreign[0]}; expected fp8, or no quantisation. Take the model's fp16 or "
             "fp8 version."
         )
-    factors = {key: factor_of(state_dict, key) for key in state_dict if key.endswith("weight")}
-    factors = {key: factor for key, factor in factors.items() if factor is not None}
+    found = {key: factor_of(state_dict, key) for key in state_dict if key.endswith("weight")}
+    factors = {key: factor for key, factor in found.items() if factor is not None}
     kept = {key: weight for key, weight in state_dict.items() if _last(key) not in (*FACTORS, *_COMPANIONS)}
     others = {w.dtype for key, w in kept.items() if key not in factors and w.is_floating_point()}
     wide = torch.float32 if torch.float32 in others else torch.bfloat16 if torch.bfloat16 in others else torch.float16

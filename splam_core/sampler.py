@@ -82,8 +82,9 @@ def sample(
     for step, t in enumerate(grid):
         t_batch = torch.full((x.shape[0],), t, device=x.device)
         x0 = denoise(x, t_batch)
-        for gamma in torch.linspace(1, 0, refinements + 2).tolist()[1:-1]:
-            x0 = _refine(denoise_gamma, x, x0, gamma, t_batch, schedule, subpath, skip)
+        if denoise_gamma is not None:
+            for gamma in torch.linspace(1, 0, refinements + 2).tolist()[1:-1]:
+                x0 = _refine(denoise_gamma, x, x0, gamma, t_batch, schedule, subpath, skip)
         if callback is not None:
             callback(step, t, x, x0)
         if step + 1 < len(grid):

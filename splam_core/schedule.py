@@ -157,9 +157,7 @@ def _log_ratio(signal: Tensor, noise: Tensor) -> Tensor:
     return (noise.log() - signal.log()) / 2
 
 
-def few_step_timesteps(
-    steps: int, strength: float = 1.0, grid: int = 50, num_train_timesteps: int = 1000
-) -> torch.LongTensor:
+def few_step_timesteps(steps: int, strength: float = 1.0, grid: int = 50, num_train_timesteps: int = 1000) -> Tensor:
     """Descending timesteps [steps] of a few-step run, as diffusers' LCMScheduler picks them.
 
     The grid {19, 39, .., 999} is the one distillation trained on. Image-to-image keeps its lowest

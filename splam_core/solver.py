@@ -35,13 +35,25 @@ def multiple_estimation(
     solver_skip: int,
     schedule: NoiseSchedule,
     solver: str = "ddim",
-    return_path: bool = False,
-) -> Tensor | list[Tensor]:
-    """x_s, s = max(t-skip, 0), by skip/solver_skip steps of solver_skip timesteps (eq. 18).
+) -> Tensor:
+    """x_s [B, ...], the lower end of `solver_path` (eq. 18)."""
+    return solver_path(teacher, x_t, t, skip, solver_skip, schedule, solver)[-1]
+
+
+def solver_path(
+    teacher: Teacher,
+    x_t: Tensor,
+    t: Tensor,
+    skip: int,
+    solver_skip: int,
+    schedule: NoiseSchedule,
+    solver: str = "ddim",
+) -> list[Tensor]:
+    """All points from x_t to x_s, s = max(t-skip, 0), by skip/solver_skip steps of solver_skip timesteps (eq. 18).
 
     x_t: [B, ...]; t: [B]; skip is k, solver_skip is k_phi. A sample that reaches timestep 0 stays there.
     solver: "ddim" (the paper's), or "dpm-solver++", whose steps after the first are of second order (2M, Lu et al.).
-    return_path: the list of all points from x_t to x_s instead. Runs in the wider of x_t's and schedule's dtypes.
+    Runs in the wider of x_t's and schedule's dtypes.
     Raises ValueError unless solver_skip divides skip, and for an unknown solver.
     """
     if solver_skip < 1 or skip < solver_skip or skip % solver_skip:
@@ -51,17 +63,18 @@ def multiple_estimation(
         )
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
-    path, x0_before, t_before = [x_t], None, None
+    path: list[Tensor] = [x_t]
+    before: tuple[Tensor, Tensor] | None = None  # the last step's x0 and timestep
     for done in range(0, skip, solver_skip):
         x, here, there = path[-1], (t - done).clamp(min=0), (t - done - solver_skip).clamp(min=0)
         epsilon = teacher(x, here)
         if solver == "dpm-solver++":
             x0 = predict_x0(epsilon, x, schedule.alpha(here), schedule.sigma(here), "epsilon")
-            if x0_before is not None:
-                epsilon = _second_order(epsilon, x0, x0_before, t_before, here, there, schedule)
-            x0_before, t_before = x0, here
+            if before is not None:
+                epsilon = _second_order(epsilon, x0, *before, here, there, schedule)
+            before = x0, here
         path.append(ddim_step(x, epsilon, here, there, schedule))
-    return path if return_path else path[-1]
+    return path
 
 
 def _second_order(

@@ -44,7 +44,7 @@ def text_encoders_to_ldm(encoders: Sequence[Mapping[str, Tensor]], family: str) 
     places = PLACES[family]
     if len(encoders) != len(places):
         raise ValueError(f"expected {len(places)} text encoder(s) of a {family} model, found {len(encoders)}.")
-    single = {}
+    single: dict[str, Tensor] = {}
     for weights, (prefix, open_clip) in zip(encoders, places, strict=True):
         plain = {key.removeprefix("text_model."): w for key, w in weights.items() if not key.endswith("position_ids")}
         single |= {prefix + key: weight for key, weight in (to_open_clip(plain) if open_clip else plain).items()}

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from splam_core import ddim_step, guided, multiple_estimation
+from splam_core import ddim_step, guided, multiple_estimation, solver_path
 
 pytestmark = pytest.mark.core
 
@@ -74,7 +74,7 @@ def test_multiple_estimation_is_the_loop_of_eq_18(schedule):
         t_i = t - 20 * i
         epsilon = torch.sin(3 * expected[-1]) + t_i[:, None] / 1000
         expected.append(ddim_step(expected[-1], epsilon, t_i, t_i - 20, schedule))
-    path = multiple_estimation(teacher, x, t, 100, 20, schedule, return_path=True)
+    path = solver_path(teacher, x, t, 100, 20, schedule)
     assert asked == [[999 - 20 * i, 519 - 20 * i] for i in range(5)]
     assert all(torch.equal(a, b) for a, b in zip(path, expected, strict=True))
     assert torch.equal(multiple_estimation(teacher, x, t, 100, 20, schedule), path[-1])
@@ -114,10 +114,9 @@ def test_dpm_solver_equals_diffusers_from_the_second_step_on(schedule):
     expected = [x]
     for t in scheduler.timesteps[:4]:
         expected.append(scheduler.step(torch.sin(3 * expected[-1]) + t / 1000, t, expected[-1]).prev_sample)
-    path = multiple_estimation(
+    path = solver_path(
         lambda x, t: torch.sin(3 * x) + t[:, None] / 1000,
-        x, torch.tensor([999, 999]), 200, 50, schedule, "dpm-solver++", return_path=True,
-    )  # fmt: skip
+        x, torch.tensor([999, 999]), 200, 50, schedule, "dpm-solver++")  # fmt: skip
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(path, expected, strict=True))
 
 
@@ -136,7 +135,7 @@ def test_dpm_solver_converges_at_second_order(schedule, gaussian):
 def test_dpm_solver_starts_with_ddim_and_rests_at_zero(schedule):
     """Samples of one batch that reach timestep 0 at different steps."""
     t, x = torch.tensor([19, 119, 0]), torch.randn(3, 5, dtype=torch.float64)
-    path = multiple_estimation(lambda x, t: torch.cos(x), x, t, 200, 100, schedule, "dpm-solver++", return_path=True)
+    path = solver_path(lambda x, t: torch.cos(x), x, t, 200, 100, schedule, "dpm-solver++")
     first = multiple_estimation(lambda x, t: torch.cos(x), x, t, 100, 100, schedule)
     assert torch.equal(path[1], first)
     assert torch.allclose(path[2][0], path[1][0], atol=1e-14)

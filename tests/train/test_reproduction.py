@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from benchmarks import reproduction, reproduction_report
 from benchmarks.reproduction import EQUAL, GROUPS, STUDENTS, Group, RandomJump, Remembering, run_group
 from benchmarks.reproduction_report import Results, at_iteration, error, fill, quality, reach
-from splam_core import Denoiser, NoiseSchedule, Objective, l2, multiple_estimation
+from splam_core import Denoiser, NoiseSchedule, Objective, l2, solver_path
 from training.models.load import load_pipeline
 from training.run.config import complete
 from training.run.loop import Distillation
@@ -89,7 +89,7 @@ def test_a_random_jump_ends_on_the_teachers_path():
 
     denoiser = Denoiser(schedule)
     random = RandomJump(denoiser, "lcm", 100, 20, l2)
-    path = multiple_estimation(teacher, x, t, 100, 20, schedule, return_path=True)
+    path = solver_path(teacher, x, t, 100, 20, schedule)
     found = random(net, net, teacher, x, t, torch.tensor([0.0, 0.5, 0.999]))
     for sample, steps in enumerate((1, 3, 5)):
         goal = denoiser(net, path[steps], None, None, t - 20 * steps)

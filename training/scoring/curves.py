@@ -16,8 +16,8 @@ from splam_core import (
     NoiseSchedule,
     add_noise,
     few_step_timesteps,
-    multiple_estimation,
     predict_epsilon,
+    solver_path,
 )
 
 from ..models.pipeline import Conditioning, Pipeline
@@ -54,7 +54,7 @@ def teacher_path(
 ) -> list[Tensor]:
     """The points of the DDIM path from x_t, at t, t - solver_skip, .., 0; a last step that is shorter ends at 0 too."""
     skip = -(-t // solver_skip) * solver_skip  # clamped at 0 by multiple_estimation
-    return multiple_estimation(teacher, x_t, _full(x_t, t), skip, solver_skip, schedule, return_path=True)
+    return solver_path(teacher, x_t, _full(x_t, t), skip, solver_skip, schedule)
 
 
 @torch.no_grad()
