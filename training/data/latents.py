@@ -20,6 +20,7 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..files import write_whole
 from ..models.pipeline import DTYPES, Pipeline
 from ..models.sampling import guided_output
 from .images import crop, load_picture
@@ -204,13 +205,3 @@ def read_sample(folder: Path, shard: str, at: Sequence[int]) -> Sample:
             return load(opened.read(at[1]))
     except Exception as error:  # safetensors raises a class of its own
         raise ValueError(f"{file} is damaged at byte {at[0]} ({error}): delete it, and prepare it again") from error
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: a reader sees all of it or nothing, and the last of two writers wins."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(partial, file)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..models.pipeline import Pipeline
 from .base import (
     FEW,
@@ -40,7 +41,6 @@ from .latents import (
     read_index,
     read_sample,
     write_shard,
-    write_whole,
 )
 from .options import DataOptions
 from .order import Order

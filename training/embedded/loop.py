@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..files import whole_file
 from ..pictures import to_tensor
 from ..scenes.shapes import scene
 
@@ -41,14 +41,9 @@ def batches(
     return DataLoader(data, batch_size, num_workers=1, worker_init_fn=lambda _: torch.set_num_threads(1))
 
 
-def save_atomic(state: dict, path: Path) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_whole(state: dict, path: Path) -> None:
+    with whole_file(path) as place:
+        torch.save(state, place)
 
 
 def train(
@@ -110,5 +105,5 @@ def train(
             running, since, seen = 0.0, time.time(), 0
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_atomic(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
+            save_whole(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
             yield step + 1

@@ -27,7 +27,7 @@ from ..models.teachers import EMBEDDED
 from ..pictures import save_sheet, to_images
 from ..scenes.shapes import IMAGE_SIZE, parse_caption, scene
 from .autoencoder import SCALING_FACTOR
-from .loop import save_atomic, scene_pictures, train
+from .loop import save_whole, scene_pictures, train
 from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
 CHUNK = 32  # scenes encoded at once
@@ -96,7 +96,7 @@ def encode_scenes(vae: AutoencoderKL, seed: int, count: int, path: Path) -> tupl
             if len(chunks) % 50 == 0:
                 print(f"encoded {len(chunks) * CHUNK}/{count} scenes", flush=True)
         captions = [caption for _, texts in chunks for caption in texts]
-        save_atomic({"latents": torch.cat([latents for latents, _ in chunks]), "captions": captions}, path)
+        save_whole({"latents": torch.cat([latents for latents, _ in chunks]), "captions": captions}, path)
     state = torch.load(path, weights_only=True)
     return state["latents"], state["captions"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ..files import whole_file
 
 SETTINGS = "settings.json"
 
@@ -44,9 +45,8 @@ class PictureFolder:
                 f"{folder} holds pictures and no {SETTINGS} that says how they were made: name another --output-dir"
             )
         else:
-            temporary = folder / f"{SETTINGS}.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, file)
+            with whole_file(file) as place:
+                place.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.png"
@@ -70,9 +70,8 @@ class PictureFolder:
                 report(len(batch))
 
     def save(self, index: int, picture: Tensor) -> None:
-        temporary = self.folder / f"{index:06d}.{os.getpid()}.tmp"
-        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
-        os.replace(temporary, self.path(index))
+        with whole_file(self.path(index)) as place:
+            Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(place, format="PNG")
 
     def wait(self, count: int, patience: float = 1800.0, poll: float = 2.0) -> None:
         """Until other processes have written pictures 0 .. count-1.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files import whole_file
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,5 @@ def _plot_curves(results: Sequence[dict]):
 
 def write(file: Path, text: str) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with whole_file(file) as place:
+        place.write_text(text, encoding="utf-8")
