@@ -9,6 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# What torch, safetensors and the system raise where a file cannot be written; `why_not_written` says why.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
@@ -76,3 +81,16 @@ def why_not_written(error: Exception, place: Path) -> str:
     if not full:
         return f"it cannot be written ({error})"
     return f"the disk is full ({shutil.disk_usage(place.parent).free / 1e9:.1f} GB free)"
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file's text, without the byte order mark that some editors put in front. Raises ValueError for others."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8: {error}") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """The same by lines. Only what editors end a line with ends one: U+2028, which JSON may hold, does not."""
+    return read_text(file).split("\n")

@@ -18,12 +18,10 @@ from safetensors.torch import load_file, save_file
 from splam_core.descent import EXPLOSION, WINDOW, LossWatch
 from training.run.checkpoints import (
     CheckpointError,
-    finish_folder,
     latest_checkpoint,
     load_objects,
     read_checkpoint,
-    start_folder,
-    write_objects,
+    write_checkpoint,
 )
 from training.run.identity import only_writer, weights_digest
 from training.run.loop import Distillation
@@ -224,9 +222,7 @@ def test_a_system_that_flushes_only_what_may_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", strict_fsync)
     monkeypatch.setattr(os, "open", strict_open)
     folder = tmp_path / "checkpoint-1"
-    partial = start_folder(folder)
-    write_objects(partial, {"student": {"weight": torch.ones(2)}, "optimizer": {"state": {}}}, {"step": 1})
-    finish_folder(partial, folder)
+    write_checkpoint(folder, {"student": {"weight": torch.ones(2)}, "optimizer": {"state": {}}}, {"step": 1})
     states, facts = read_checkpoint(folder)
     assert len(flushed) == 3 and facts == {"step": 1}
     assert torch.equal(states["student"]["weight"], torch.ones(2)) and states["optimizer"] == {"state": {}}
@@ -238,9 +234,7 @@ def test_a_resumed_adamw_counts_its_steps_on_the_cpu(tmp_path):
     optimizer = torch.optim.AdamW([weight], 1e-3)
     weight.sum().backward()
     optimizer.step()
-    partial = start_folder(tmp_path / "checkpoint-1")
-    write_objects(partial, {"optimizer": optimizer.state_dict()}, {})
-    finish_folder(partial, tmp_path / "checkpoint-1")
+    write_checkpoint(tmp_path / "checkpoint-1", {"optimizer": optimizer.state_dict()}, {})
     elsewhere = [torch.nn.Parameter(torch.ones(3, device="meta"))]
     resumed = torch.optim.AdamW(elsewhere, 1e-3)
     OptimizerState(resumed, elsewhere, sharded=False).load_state_dict(
@@ -261,9 +255,7 @@ def test_one_more_object_of_a_checkpoint_costs_a_word(tmp_path):
         def load_state_dict(self, state):
             self.count = state["count"]
 
-    partial = start_folder(tmp_path / "checkpoint-1")
-    write_objects(partial, {"critic": Counter(3).state_dict()}, {})
-    finish_folder(partial, tmp_path / "checkpoint-1")
+    write_checkpoint(tmp_path / "checkpoint-1", {"critic": Counter(3).state_dict()}, {})
     states, _ = read_checkpoint(tmp_path / "checkpoint-1")
     critic = Counter(0)
     load_objects({"critic": critic}, states)

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from ..files import read_lines
+
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # all of a folder's are read
 
 
@@ -38,19 +40,6 @@ def _unreadable(error: OSError) -> None:
 def _place(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
-
-
-def read_text(file: Path) -> str:
-    """A UTF-8 file's text, without the byte order mark that some editors put in front. Raises ValueError for others."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8: {error}") from error
-
-
-def read_lines(file: Path) -> list[str]:
-    """The same by lines. Only what editors end a line with ends one: U+2028, which JSON may hold, does not."""
-    return read_text(file).split("\n")
 
 
 def metadata_rows(table: Path) -> Iterator[tuple[str, dict | ValueError]]:

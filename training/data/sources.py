@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import read_lines, read_text
 from ..models.hub import HUB_ID
-from .files import METADATA, files_below, metadata_rows, read_lines, read_text
+from .files import METADATA, files_below, metadata_rows
 from .images import EXTENSIONS, Picture
 from .tars import BROKEN, bare, expand, is_url, members, sections
 

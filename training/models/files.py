@@ -5,12 +5,11 @@ No network is built, so that what is only renamed stays the same to the bit.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from splam_core import (
 )
 from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
 
+from ..files import whole_folder
 from .architectures import ARCHITECTURES
 from .teachers import EMBEDDED
 
@@ -201,7 +201,7 @@ def write_folder(model: ModelFiles, folder: Path) -> None:
         named = {key if key == "text_projection.weight" else f"text_model.{key}": w for key, w in weights.items()}
         parts.append((name, named, TEXT_WEIGHTS))
     index: dict = {"_class_name": "StableDiffusionXLPipeline" if model.family == "sdxl" else "StableDiffusionPipeline"}
-    with _whole(folder) as partial:
+    with whole_folder(folder) as partial:
         for name, weights, stem in parts:
             (partial / name).mkdir(parents=True)
             save_file(weights, partial / name / f"{stem}.safetensors")
@@ -221,20 +221,6 @@ def write_folder(model: ModelFiles, folder: Path) -> None:
             nothing = {"safety_checker": [None, None], "feature_extractor": [None, None]}
             index |= {**nothing, "requires_safety_checker": False}
         _write_json(partial / "model_index.json", index)
-
-
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A place to write into, which takes the folder's name at the end; of what fails nothing stays."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_single_file(model: ModelFiles, file: Path, title: str, more: Mapping[str, str] | None = None) -> None:

@@ -7,9 +7,7 @@ flushed to disk and renamed.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..files import WRITE_ERRORS, whole_folder, why_not_written
 
 PREFIX = "checkpoint-"
 
@@ -57,39 +57,19 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def start_folder(folder: Path) -> Path:
-    """An empty place beside `folder`, into which it is written."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def write_objects(partial: Path, states: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """States by name, and the facts, which are JSON."""
-    for name, state in states.items():
-        if state and all(isinstance(value, Tensor) for value in state.values()):
-            file = partial / f"{name}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
-        else:
-            file = partial / f"{name}.pt"
-            torch.save(dict(state), file)
-        _flush(file)
-    file = partial / "state.json"
-    file.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    _flush(file)
-
-
-def finish_folder(partial: Path, folder: Path) -> None:
-    """Give the written folder its name; an older one of that name goes afterwards."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    _flush(partial)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def write_checkpoint(folder: Path, states: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """States by name, and the facts, which are JSON. Raises CheckpointError where it cannot be written."""
+    try:
+        with whole_folder(folder) as place:
+            for name, state in states.items():
+                if state and all(isinstance(value, Tensor) for value in state.values()):
+                    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+                    save_file(tensors, place / f"{name}.safetensors")
+                else:
+                    torch.save(dict(state), place / f"{name}.pt")
+            (place / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    except WRITE_ERRORS as error:
+        raise explain_write_error(error, folder) from error
 
 
 def rotate(output_dir: Path, keep: int) -> None:
@@ -128,38 +108,9 @@ def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, Any], opt
 
 
 def explain_write_error(error: Exception, folder: Path) -> CheckpointError:
-    """What to say of a failed write; the unfinished folder is removed, so that a full disk has its room back."""
-    shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    """What to say of a failed write."""
     last = latest_checkpoint(folder.parent)
     return CheckpointError(
         f"{folder}: {why_not_written(error, folder)}. The last good checkpoint is {last or 'not there yet'}. "
         f"Make room, or lower --checkpoints-total-limit, and go on with --resume-from-checkpoint latest."
     )
-
-
-def why_not_written(error: Exception, place: Path) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or any(
-        text in str(error) for text in ("No space left", "os error 28", "PytorchStreamWriter failed", "write failed")
-    )
-    if not full:
-        return f"it cannot be written ({error})"
-    return f"the disk is full ({shutil.disk_usage(place.parent).free / 1e9:.1f} GB free)"
-
-
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself; a folder's entries too, where the system lets a folder be opened (Windows does not)."""
-    folder = path.is_dir()
-    try:
-        # Windows flushes only what may be written.
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    except OSError:
-        if folder:
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -25,17 +25,13 @@ from ..data.base import Share
 from ..data.phase import make_data
 from ..models.pipeline import DTYPES, Pipeline
 from .checkpoints import (
-    WRITE_ERRORS,
     RandomState,
     Stateful,
-    explain_write_error,
-    finish_folder,
     latest_checkpoint,
     load_objects,
     read_checkpoint,
     rotate,
-    start_folder,
-    write_objects,
+    write_checkpoint,
 )
 from .config import Config
 from .consistency import Consistency, plain_attention
@@ -278,12 +274,7 @@ class Distillation:
         states = {name: one.state_dict() for name, one in objects.items()}
         if not self.accelerator.is_main_process:
             return
-        try:
-            partial_folder = start_folder(folder)
-            write_objects(partial_folder, states, {**facts, "config": self.config.settings()})
-            finish_folder(partial_folder, folder)
-        except WRITE_ERRORS as error:
-            raise explain_write_error(error, folder) from error
+        write_checkpoint(folder, states, {**facts, "config": self.config.settings()})
 
     def save(self) -> Path:
         """OUTPUT_DIR/checkpoint-STEP, which appears under its name only when it is whole; old ones go."""

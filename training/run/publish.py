@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..files import WRITE_ERRORS
 from ..models.files import ModelFiles, write_folder, write_single_file
 from ..models.load import read_teacher
 from ..models.lora import merged, save_lora
 from ..models.pipeline import DTYPES, weights_hash
 from ..models.teachers import resolve
-from .checkpoints import WRITE_ERRORS, explain_write_error
+from .checkpoints import explain_write_error
 from .config import Config
 from .loop import Distillation
 from .report import sample_prompts, save_curves

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.files import read_lines
+from ..files import read_lines
 from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..pictures import save_sheet, to_images

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.files import read_lines
+from ..files import read_lines
 from ..models.teachers import ASSETS
 from ..pictures import to_tensor
 from ..scenes.judge import Judge, load_judge

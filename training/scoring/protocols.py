@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.files import read_text
+from ..files import read_text
 
 
 @dataclass(frozen=True)
