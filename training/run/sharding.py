@@ -122,10 +122,13 @@ class OptimizerState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """state: on the CPU, where AdamW's step count must stay: on a device it would be waited for at each step."""
-        own = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(sharded_optimizer(state, self.parameters) if self.sharded else dict(state))
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)
+        # Before it is loaded, since torch puts a step count where these settings want it.
+        groups = [
+            {**group, **{key: own[key] for key in SETTINGS if key in own}}
+            for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        state = {**state, "param_groups": groups}
+        self.optimizer.load_state_dict(sharded_optimizer(state, self.parameters) if self.sharded else state)
 
 
 def _cut(whole: Tensor, like: Tensor) -> Tensor:
