@@ -226,3 +226,41 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 2 of this machine finds no GPU of its own: start 1"):
         join_processes()
+
+
+# One process alone has a gradient that is not finite at step 2, under a finite loss, and is asked to stop at step 4.
+ALONE = """
+import os, signal, sys
+from pathlib import Path
+from training.distill import distill
+from training.run.config import parse
+from training.run.consistency import Consistency
+from training.run.stopping import StoppedError, StopRequest
+config, rank, losses, calls = parse(sys.argv[1:]), int(os.environ["RANK"]), Consistency.losses, []
+def spoilt(stage, *batch):
+    calls.append(1)
+    for role, loss in losses(stage, *batch):
+        weight = next(stage.networks.student.parameters()).flatten()[0]
+        yield role, loss + (weight * 0).sqrt() if rank == 1 and len(calls) == 2 else loss
+    if rank == 1 and len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+Consistency.losses = spoilt
+try:
+    distill(config, StopRequest())
+except StoppedError as error:
+    Path(config.output_dir, f"stopped-{rank}").write_text(str(error))
+"""
+
+
+def test_what_happens_to_one_process_happens_to_all(command_line, tiny_pipeline, tmp_path):
+    script, out = tmp_path / "alone.py", tmp_path / "out"
+    script.write_text(ALONE)
+    launch(command_line(tiny_pipeline, out, 9), 2, script)
+    lines = read_lines(out / "log.jsonl")
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
+    assert [line["gradient_norm"] is None for line in lines] == [False, True, False, False]
+    assert all(line["loss"] is not None for line in lines)
+    student = load_file(out / "checkpoint-4" / "student.safetensors")
+    assert all(weight.isfinite().all() for weight in student.values())
+    for rank in range(2):
+        assert "stopped at step 4" in (out / f"stopped-{rank}").read_text()
