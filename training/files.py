@@ -50,7 +50,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         flush(partial)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk has its room back

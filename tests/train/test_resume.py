@@ -365,3 +365,18 @@ def test_another_error_is_not_called_one_of_memory(small, tiny_pipeline, tmp_pat
     monkeypatch.setattr(Distillation, "_backward", wrong)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         small(tiny_pipeline, tmp_path, 2)
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_older_one(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "best", {"student": {"weight": torch.ones(1)}}, {"step": 1})
+    real = os.replace
+
+    def held_open(source, name):
+        if Path(source).name == "best.partial":
+            raise PermissionError(errno.EACCES, "held open by another program")
+        real(source, name)
+
+    monkeypatch.setattr(os, "replace", held_open)
+    with pytest.raises(CheckpointError, match="held open"):
+        write_checkpoint(tmp_path / "best", {"student": {"weight": torch.zeros(1)}}, {"step": 2})
+    assert read_checkpoint(tmp_path / "best")[1] == {"step": 1} and [one.name for one in tmp_path.iterdir()] == ["best"]
