@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         if rest:
             demo.error(f"unrecognized arguments: {' '.join(rest)}")
         python, comfyui = set_up(options.comfyui)
-        command = ["-m", "benchmarks.demo", "--comfyui", comfyui, "--out", options.out.resolve()]
+        command = ["-m", "harness.demo", "--comfyui", comfyui, "--out", options.out.resolve()]
         return run(python, command + ["--serve"] * options.serve, comfyui, cwd=ROOT)
     rest = arguments[arguments.index(options.command) + 1 :]  # argparse would swallow a "--"
     python, comfyui = set_up(None)

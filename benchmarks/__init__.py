@@ -1,1 +1,1 @@
-"""Commands that measure and show, and what they share. Run from the repository root: `python -m benchmarks.<name>`."""
+"""Commands that measure, a table each. Run from the repository root: `python -m benchmarks.<name>`."""

@@ -34,8 +34,7 @@ from safetensors.torch import load, load_file, save_file
 
 if __name__ == "__main__":  # by path, the folder of this file is where Python looks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from benchmarks.comfy_server import ROOT, ComfyServer, exit_on_sigterm
-from benchmarks.reference import (
+from harness.reference import (
     SCHEDULER,
     add_adapter,
     few_step,
@@ -47,6 +46,7 @@ from benchmarks.reference import (
     whole_pipeline,
     write_pipeline,
 )
+from harness.server import ROOT, ComfyServer, exit_on_sigterm
 from splam_core.checkpoint import UNET_PREFIX, diffusers_to_ldm
 
 STEPS = (1, 2, 3, 4, 6, 8)
@@ -318,7 +318,7 @@ def measure(
         gc.collect()
     (folder / "custom_nodes").mkdir(exist_ok=True)
     helper = folder / "custom_nodes" / "conditioning_node"
-    helper.symlink_to(ROOT / "benchmarks" / "conditioning_node", target_is_directory=True)
+    helper.symlink_to(ROOT / "harness" / "conditioning_node", target_is_directory=True)
     rows = []
     with ComfyServer(comfyui, folder, arguments=("--cpu",)) as server:
         for case in cases:

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.server import ROOT
 from splam_core import (
     Denoiser,
     Objective,
@@ -53,8 +54,6 @@ from training.scoring.curves import (
 )
 from training.scoring.embedded_scores import drawn_captions, features, rendered, scores_of
 from training.scoring.metrics import frechet_distance, frechet_distance_clipped
-
-from .comfy_server import ROOT
 
 # A student: what it changes of its group's settings. Unless it says so gamma is uniform, as in the paper.
 STUDENTS: dict[str, dict[str, Any]] = {

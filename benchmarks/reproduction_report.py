@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
-from .comfy_server import ROOT
+from harness.server import ROOT
+
 from .reproduction import ALL, GROUPS, GUIDANCE, LONG, SHORT, TEACHER_W
 from .reproduction_plots import save_plots
 from .reproduction_results import (

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.comfy_server import ComfyServer
-from benchmarks.reference import Reference, write_pipeline
+from harness.reference import Reference, write_pipeline
+from harness.server import ComfyServer
 
 # Name -> how the random pipeline of that name differs from the embedded one.
 PIPELINES = {

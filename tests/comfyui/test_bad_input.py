@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import custom, save_latent, stock, text_to_image
-from benchmarks.reference import node_noises, relative_error
+from harness.graphs import custom, save_latent, stock, text_to_image
+from harness.reference import node_noises, relative_error
+from harness.server import ServerError
 
 pytestmark = pytest.mark.comfyui
 PROMPT, SEED = "a large red star above a small blue ring", 51

@@ -8,9 +8,9 @@ import os
 import pytest
 from PIL import Image
 
-from benchmarks.comfy_page import ComfyPage, browser
-from benchmarks.comfy_server import to_api
-from benchmarks.workflows import EMBEDDED, names, read
+from harness.page import ComfyPage, browser
+from harness.server import to_api
+from harness.workflows import EMBEDDED, names, read
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
 LOADERS = {"SPLAMLoader", "SPLAMLoraLoader", "CheckpointLoaderSimple", "ControlNetLoader"}

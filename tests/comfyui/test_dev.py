@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comfy_server import ROOT
+from harness.server import ROOT
 
 pytestmark = pytest.mark.comfyui
 

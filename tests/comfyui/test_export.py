@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import to_api
-from benchmarks.graphs import save_latent, text_to_image
-from benchmarks.reference import Reference, node_noises, relative_error
+from harness.graphs import save_latent, text_to_image
+from harness.reference import Reference, node_noises, relative_error
+from harness.server import to_api
 from training.distill import distill
 from training.export import export, parser
 from training.run.config import parse

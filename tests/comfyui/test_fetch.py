@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.comfy_server import ComfyServer, ServerError
+from harness.server import ComfyServer, ServerError
 
 pytestmark = pytest.mark.comfyui
 COMMIT, NEWER = "1" * 40, "2" * 40

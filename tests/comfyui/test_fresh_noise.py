@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from benchmarks.graphs import save_latent
-from benchmarks.reference import relative_error
+from harness.graphs import save_latent
+from harness.reference import relative_error
 
 from .routes import ROUTES, SEED, STEPS, node, route
 

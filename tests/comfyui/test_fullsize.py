@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load
 from transformers import CLIPTextModel
 
-from benchmarks.comfy_server import ComfyServer
-from benchmarks.graphs import save_latent, text_to_image
-from benchmarks.reference import few_step, node_noises, relative_error
+from harness.graphs import save_latent, text_to_image
+from harness.reference import few_step, node_noises, relative_error
+from harness.server import ComfyServer
 from training.models.architectures import ARCHITECTURES
 from training.models.files import ModelFiles, write_folder, write_single_file
 from training.models.load import load_pipeline

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from benchmarks.comfy_server import ROOT, ComfyServer
-from benchmarks.graphs import save_latent, text_to_image
+from harness.graphs import save_latent, text_to_image
+from harness.server import ROOT, ComfyServer
 
 pytestmark = pytest.mark.comfyui
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es")
@@ -128,7 +128,7 @@ def guest(comfyui, tmp_path_factory):
         link.unlink()
     pack = packs / ODD_NAME
     for name in ours():
-        if not name.startswith(("tests/", "benchmarks/", "docs/", "training/")):
+        if not name.startswith(("tests/", "benchmarks/", "docs/", "harness/", "training/")):
             (pack / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, pack / name)
     server.written = snapshot(pack)

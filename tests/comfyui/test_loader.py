@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import save_latent, text_to_image
-from benchmarks.reference import SCHEDULER, few_step, node_noises, relative_error
+from harness.graphs import save_latent, text_to_image
+from harness.reference import SCHEDULER, few_step, node_noises, relative_error
+from harness.server import ServerError
 from splam_core import authors_embedding
 from splam_core.checkpoint import UNET_PREFIX, diffusers_to_ldm
 from splam_core.text_encoders import text_encoders_to_ldm

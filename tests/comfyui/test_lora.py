@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import save_latent, text_to_image
-from benchmarks.reference import few_step, node_noises, relative_error
+from harness.graphs import save_latent, text_to_image
+from harness.reference import few_step, node_noises, relative_error
+from harness.server import ServerError
 from splam_core import authors_embedding, fold
 
 pytestmark = pytest.mark.comfyui

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import save_latent
-from benchmarks.reference import relative_error
+from harness.graphs import save_latent
+from harness.reference import relative_error
+from harness.server import ServerError
 
 from .routes import node, route
 

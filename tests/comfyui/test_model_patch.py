@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ROOT, ServerError
-from benchmarks.graphs import custom, save_latent, stock, text_to_image
-from benchmarks.reference import node_noises, relative_error
+from harness.graphs import custom, save_latent, stock, text_to_image
+from harness.reference import node_noises, relative_error
+from harness.server import ROOT, ServerError
 from splam_core import Denoiser, NoiseSchedule, authors_embedding, few_step_timesteps
 from splam_core import sample as core_sample
 

@@ -16,9 +16,9 @@ from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer
 
 from benchmarks import parity
-from benchmarks.comfy_server import ROOT
-from benchmarks.graphs import custom, latent_to_image, save_image, save_latent, stock, text_to_image
-from benchmarks.reference import node_noises, relative_error
+from harness.graphs import custom, latent_to_image, save_image, save_latent, stock, text_to_image
+from harness.reference import node_noises, relative_error
+from harness.server import ROOT
 
 pytestmark = pytest.mark.comfyui
 PROMPT = "a large red star above a small blue ring"

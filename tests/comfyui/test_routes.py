@@ -7,9 +7,9 @@ from PIL import Image
 from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import save_latent
-from benchmarks.reference import few_step, node_noises, relative_error
+from harness.graphs import save_latent
+from harness.reference import few_step, node_noises, relative_error
+from harness.server import ServerError
 
 from .routes import OTHER, PROMPT, ROUTES, SEED, STEPS, node, route
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer
 
-from benchmarks.comfy_server import ServerError
-from benchmarks.graphs import save_latent
-from benchmarks.reference import Reference, few_step, node_noises, relative_error, write_pipeline
+from harness.graphs import save_latent
+from harness.reference import Reference, few_step, node_noises, relative_error, write_pipeline
+from harness.server import ServerError
 
 from .routes import PROMPT, ROUTES, SEED, STEPS, node, route
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load, load_file
 
-from benchmarks.comfy_server import ROOT, ServerError, to_api
-from benchmarks.graphs import save_image, save_latent, text_to_image
+from harness.graphs import save_image, save_latent, text_to_image
+from harness.server import ROOT, ServerError, to_api
 from splam_core.checkpoint import diffusers_to_ldm, save_file
 
 pytestmark = pytest.mark.comfyui

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.comfy_server import PACK, ROOT, to_api
-from benchmarks.workflows import EMBEDDED, FOLDER, names, node_titled, read
+from harness.server import PACK, ROOT, to_api
+from harness.workflows import EMBEDDED, FOLDER, names, node_titled, read
 from splam_core.checkpoint import diffusers_to_ldm, load_file, save_file
 from training.scenes.judge import load_judge
 from training.scenes.shapes import parse_caption

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .comfy_server import ComfyServer
+from .server import ComfyServer
 
 READY = """return Boolean(window.app?.graph && app.canvas && app.extensionManager
     && window.LiteGraph?.registered_node_types?.SPLAMLoader)"""

@@ -1,6 +1,6 @@
 """Runs every shipped workflow in ComfyUI's page; writes its thumbnail and the screenshot of its graph.
 
-    python dev.py python -m benchmarks.workflows [--only NAME ...]
+    python dev.py python -m harness.workflows [--only NAME ...]
 
 Thumbnails go beside the workflows, screenshots to docs/images. A workflow whose model files are nowhere in this
 repository is opened but not run: its thumbnail is the graph.
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .comfy_page import ComfyPage, browser
-from .comfy_server import ROOT, ComfyServer, ServerError, exit_on_sigterm
+from .page import ComfyPage, browser
+from .server import ROOT, ComfyServer, ServerError, exit_on_sigterm
 
 FOLDER = ROOT / "workflows"
 SIDE = 384  # pixels of a square thumbnail
@@ -66,7 +66,7 @@ def node_titled(workflow: dict, title: str) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.workflows", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="harness.workflows", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=names(), choices=names(), metavar="NAME", help="some of them")
     parser.add_argument("--thumbnails", type=Path, default=FOLDER, help="folder of the thumbnails")
     parser.add_argument("--screenshots", type=Path, default=ROOT / "docs" / "images", help="folder of the screenshots")
@@ -74,7 +74,7 @@ def main() -> int:
     if not browser():
         parser.error("needs Chromium and chromedriver on the PATH (Debian: apt install chromium chromium-driver)")
     if not os.environ.get("COMFYUI_PATH"):
-        parser.error("COMFYUI_PATH names no ComfyUI; `python dev.py python -m benchmarks.workflows` sets it")
+        parser.error("COMFYUI_PATH names no ComfyUI; `python dev.py python -m harness.workflows` sets it")
     exit_on_sigterm()
     try:
         with tempfile.TemporaryDirectory(prefix="splam-workflows-") as folder:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from training.pictures import save_sheet
 
-from .comfy_server import ROOT, ComfyServer, ServerError, exit_on_sigterm, to_api
 from .graphs import save_image, stock, text_to_image
+from .server import ROOT, ComfyServer, ServerError, exit_on_sigterm, to_api
 
 WORKFLOW = ROOT / "workflows" / "splam_txt2img.json"
 SEED = 7

@@ -1,0 +1,1 @@
+"""A real ComfyUI for the demo, the tests and the measurements: server, page, graphs, and an independent reference."""
