@@ -50,7 +50,7 @@ def random_teacher() -> ModelFiles:
               for name, part in parts.items()}  # fmt: skip
     text = {key.removeprefix("text_model."): weight for key, weight in states["text_encoder"].items()}
     configs = {**configs, "scheduler": shape.scheduler}
-    return ModelFiles(states["unet"], states["vae"], [text], "sd1", configs, ["text_model."])
+    return ModelFiles(states["unet"], states["vae"], [text], "sd1", configs)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -19,7 +20,8 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from splam_core import multiple_estimation, predict_epsilon, read_metadata
+from splam_core import fold_gamma, multiple_estimation, predict_epsilon, read_metadata
+from training.models.architectures import ARCHITECTURES
 from training.models.files import read_model, write_folder, write_single_file
 from training.models.hub import command, lacking, weights_of
 from training.models.load import load_pipeline
@@ -394,6 +396,27 @@ def test_zero_terminal_snr_is_trained_judged_and_exported(small, zero_snr, tmp_p
 def test_other_parametrisations_are_refused(marked, keys, settings, message):
     with pytest.raises(ValueError, match=rf"marked\.safetensors: .*{message}"):
         load_pipeline(marked(*keys, **settings))
+
+
+def test_a_file_that_contradicts_itself_warns_and_says_which_is_believed(marked):
+    with pytest.warns(UserWarning, match=r"marked\.safetensors: the key 'v_pred' says v_prediction, .* is believed"):
+        pipeline = load_pipeline(marked("v_pred", **{"splam.scheduler": json.dumps(ARCHITECTURES["sd1"].scheduler)}))
+    assert pipeline.prediction_type == "v_prediction"
+
+
+def test_a_projection_in_a_single_file_is_told_what_is_asked(tiny_pipeline, tmp_path):
+    model = read_model(tiny_pipeline)
+    projection = 0.2 * torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    write_single_file(
+        replace(model, unet={**model.unet, "time_embedding.cond_proj.weight": projection}),
+        tmp_path / "lcm.safetensors", "lcm",
+    )  # fmt: skip
+    name = "time_embedding.linear_1.bias"
+    biases = [
+        load_pipeline(tmp_path / "lcm.safetensors", embedded=one).unet.state_dict()[name] for one in (8.5, "zero")
+    ]
+    expected = fold_gamma({**model.unet, "time_embedding.cond_proj.weight": projection}, 8.5)[0][name]
+    assert torch.equal(biases[0], expected) and torch.equal(biases[1], model.unet[name])
 
 
 # --- What is no teacher ----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
     whole = {key: weight.float() for key, weight in teacher.unet.items()}
     digest = weights_hash(whole)
     model = replace(teacher, unet=merged(whole, lora, scale) if lora else state).few_step().cast(dtype)
+    del teacher, whole, state  # SDXL's are 10 GB each
     metadata = {
         "splam.method": config.method,
         "splam.skip": str(config.skip),
