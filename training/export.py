@@ -79,8 +79,8 @@ def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _is_lora(place: Path) -> bool:
     """By a folder's files, or by a file's keys; LyCORIS' kinds too, which are then refused by name."""
     file = lora_file(place)
-    if place.is_dir():
-        return file is not None
+    if place.is_dir():  # a pipeline may have a LoRA beside it
+        return file is not None and not (place / "unet").is_dir()
     return any(mark in key or key.endswith((".diff", ".diff_b")) for key in load_file(file) for mark in _LORA_MARKS)
 
 

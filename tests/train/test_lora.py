@@ -1,6 +1,7 @@
 """One UNet with its adapters switched is teacher, target and student, and what leaves it is a LoRA for every host."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -247,3 +248,11 @@ def test_a_peft_folder_is_exported(tiny_pipeline, tmp_path):
     export(parser().parse_args([str(one) for one in arguments]))
     found = load_pipeline(tmp_path / "out").unet.state_dict()
     assert all((found[key] - expected[key]).abs().max() < 2e-6 for key in expected)
+
+
+def test_a_pipeline_with_a_lora_beside_it_is_a_pipeline(tiny_pipeline, tmp_path):
+    shutil.copytree(tiny_pipeline, tmp_path / "model")
+    save_file({"x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "model" / "pytorch_lora_weights.safetensors")
+    arguments = (tmp_path / "model", "--to", "single-file", "--output", tmp_path / "out.safetensors")
+    export(parser().parse_args([str(one) for one in arguments]))
+    assert load_pipeline(tmp_path / "out.safetensors").fingerprint() == load_pipeline(tiny_pipeline).fingerprint()
