@@ -25,6 +25,7 @@ from ..models.load import load_pipeline
 from ..models.lora import merged
 from ..models.pipeline import DTYPES, Conditioning, Pipeline, unet_arguments
 from .config import Config
+from .memory import keep_less
 from .sharding import gathered, own_shards, shard, shards_of
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class FullNetworks(_Networks):
         if mesh is not None:
             shard(self.teacher, mesh)  # before there is a third whole UNet
         self.target = copy.deepcopy(self.student).requires_grad_(False)
-        if config.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
+        for unet in (self.teacher, self.target, self.student):
+            keep_less(unet, config.gradient_checkpointing and unet is self.student)
         self.student.train()
         if mesh is not None:
             shard(self.target, mesh)
@@ -201,8 +202,7 @@ class LoraNetworks(_Networks):
             parameter.requires_grad_(trained)
             if trained or ".target." in name:
                 parameter.data = parameter.data.float()
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+        keep_less(unet, config.gradient_checkpointing)
         self.unet = unet.train()
         self.student: nn.Module = self.unet
         pipeline.unet = AdaptedUNet(self, "teacher")
