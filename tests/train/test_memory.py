@@ -6,12 +6,16 @@ import pytest
 import torch
 from diffusers.models.transformers import Transformer2DModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from training.models.load import load_pipeline
+from training.run import report
 from training.run.config import complete
 from training.run.memory import keep_less
 from training.run.networks import LoraNetworks
+from training.run.optimizers import build_optimizer
+from training.run.sharding import OptimizerState
 
 pytestmark = pytest.mark.train
 
@@ -131,3 +135,34 @@ def test_a_transformer_of_one_block_keeps_its_input_alone(tiny_pipeline):
         output.square().mean().backward()
         found.append([output, *(one.grad for one in unet.parameters() if one.grad is not None)])
     assert all(map(torch.equal, *found))
+
+
+def test_adamw_on_a_gpu_is_the_one_that_copies_no_weights():
+    with FakeTensorMode():
+        weights = [nn.Parameter(torch.ones(3, device="cuda"))]
+        fused = build_optimizer("adamw", weights, 1e-3, 0.0)
+        saved = build_optimizer("adamw", [nn.Parameter(torch.ones(3))], 1e-3, 0.0)
+        assert fused.param_groups[0]["fused"] and not saved.param_groups[0]["fused"]
+        saved.state[saved.param_groups[0]["params"][0]] = {
+            "step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)
+        }  # fmt: skip
+        # A run that began on a CPU: a fused step waits for nothing if its count lies with the weights.
+        OptimizerState(fused, weights, sharded=False).load_state_dict(saved.state_dict())
+        assert fused.param_groups[0]["fused"] and fused.state[weights[0]]["step"].device.type == "cuda"
+
+
+def test_a_sheet_needs_the_vae_after_the_unet_and_the_text_encoders_where_they_are(tiny_pipeline, monkeypatch):
+    """Where parts go, as a machine would see it whose device is another than its main memory."""
+    pipeline = load_pipeline(tiny_pipeline)
+    seen = []
+    monkeypatch.setattr(pipeline.text_encoder, "to", lambda place: seen.append(("text", str(place))))
+    monkeypatch.setattr(pipeline.vae, "to", lambda place: seen.append(("vae", str(place))))
+    monkeypatch.setattr(report, "generate", lambda *_: (seen.append("unet"), torch.zeros(2, 4, 16, 16))[1])
+    decode, one_by_one = pipeline.vae.decode, []
+    monkeypatch.setattr(pipeline.vae, "decode", lambda part: (one_by_one.append(part), decode(part))[1])
+    config = complete({"teacher": str(tiny_pipeline), "lora": True, "lora_rank": 4, "mixed_precision": "no"})
+    networks = LoraNetworks(pipeline, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        sheets = report.Sheets(config, pipeline, networks)
+    assert seen == ["unet", ("vae", "cpu"), ("vae", "cpu")] and len(sheets.teacher) == 2
+    assert all(part.dtype == torch.float32 for part in one_by_one)

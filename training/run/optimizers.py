@@ -31,7 +31,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Raises ValueError, naming the package to install, for an optimizer whose package is missing."""
     if name == "adamw":
-        return torch.optim.AdamW(parameters, learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+        parameters = list(parameters)
+        # What torch takes on a GPU by itself holds a copy of all weights while it steps.
+        fused = all(one.device.type == "cuda" for one in parameters) or None
+        return torch.optim.AdamW(
+            parameters, learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused
+        )
     package, path, options = OPTIONAL[name]
     try:
         kind: Any = importlib.import_module(package)

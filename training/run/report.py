@@ -58,15 +58,15 @@ class Sheets:
 
     def _draw(self, role: str, sampler: str, steps: int, guidance_scale: float = 1.0) -> list[Image.Image]:
         pipeline, home = self.pipeline, self.pipeline.vae.device
-        pipeline.encoders_to(pipeline.device)  # where they were, if training needs them
+        with self.networks.use(role) as unet:
+            drawn, seeds = replace(pipeline, unet=unet), range(len(self.prompts))
+            latents = generate(drawn, self.prompts, seeds, sampler, steps, guidance_scale, self.batch_size)
+        # Text encoders that are not in use stay where they are; the VAE comes when the UNet's activations have gone.
+        pipeline.vae.to(pipeline.device)
         try:
-            with self.networks.use(role) as unet:
-                drawn, seeds = replace(pipeline, unet=unet), range(len(self.prompts))
-                latents = generate(drawn, self.prompts, seeds, sampler, steps, guidance_scale, self.batch_size)
-            # One by one where a picture is large: the decoder's own activations are.
-            return to_images(pipeline.decode(latents, 1 if latents.shape[-1] > 64 else self.batch_size))
+            return to_images(pipeline.decode(latents))
         finally:
-            pipeline.encoders_to(home)
+            pipeline.vae.to(home)
 
     def save(self, path: Path | None, role: str = "target") -> None:
         """None: draw only, for a process that sharded networks need."""
