@@ -93,8 +93,10 @@ class FullNetworks(_Networks):
         if mesh is not None:
             shard(self.teacher, mesh)  # before there is a third whole UNet
         self.target = copy.deepcopy(self.student).requires_grad_(False)
-        for unet in (self.teacher, self.target, self.student):
-            keep_less(unet, config.gradient_checkpointing and unet is self.student)
+        keep_less(self.student, config.gradient_checkpointing)
+        keep_less(self.target, False)
+        if config.mixed_precision != "no":  # else nothing makes fp32 of its 16 bits
+            keep_less(self.teacher, False)
         self.student.train()
         if mesh is not None:
             shard(self.target, mesh)
