@@ -15,6 +15,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .files import read_text
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -55,7 +57,7 @@ def read_toml(file: Path, *kinds: type) -> dict[str, Any]:
     Raises FileNotFoundError without it, ValueError naming the file for what is no TOML, no flag or of another type.
     """
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(file))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is not there: expected a TOML file of settings") from None
     except (ValueError, OSError) as error:

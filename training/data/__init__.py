@@ -16,8 +16,9 @@ from ..scenes.shapes import IMAGE_SIZE, draw_caption, scene
 from .base import TrainingData
 from .latents import META
 from .options import DataOptions, at_resolution
-from .samples import PROMPTS, PreparedData, RecordData, StreamData
+from .samples import PROMPTS, PreparedData, RecordData
 from .sources import Lazily, Listing, Record, Source, Stream, digest, open_source
+from .streams import StreamData
 
 __all__ = ["DataOptions", "TrainingData", "at_resolution", "default_spec", "open_data", "source_of"]
 
