@@ -1,13 +1,20 @@
 """What --plan says before a run, without weights."""
 
+import contextlib
+import weakref
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.models.architectures import Architecture
-from training.run.config import complete, parse, parse_command
+from training.models.load import load_pipeline
+from training.run import consistency, loop
+from training.run import plan as plans
+from training.run.config import PRESETS, complete, parse, parse_command
+from training.run.loop import Distillation
 from training.run.measure import measure
-from training.run.plan import activation_bytes, describe, largest_batch, plan
+from training.run.plan import Phase, describe, largest_batch, plan
 
 pytestmark = pytest.mark.train
 
@@ -18,20 +25,80 @@ def planned(*arguments):
 
 
 def test_sd15_as_a_lora_fits_8_gb():
-    config, found = planned("--teacher", "sd15", "--lora")
+    config, found = planned("--config", "sd15-lora-8gb")
     assert found.unet_parameters == 859_520_964  # the published model's
     assert 67e6 < found.trained_parameters < 68e6  # LCM-LoRA's of the same layers and rank: 67.5 M
     assert found.frozen == 2 * 859_520_964 and found.optimizer == 8 * found.trained_parameters
+    # The whole command over fake tensors of a GPU with torch's own autocast, once: 4.38 GB (batch 8), 5.96 (16).
+    assert found.allocated(8) == pytest.approx(4.381e9, rel=0.05)
+    assert found.allocated(16) == pytest.approx(5.955e9, rel=0.05)
     assert found.peak(config.train_batch_size) < 8e9
     text = describe(config, found)
-    assert f"UNet evaluations {6000 * 16 * 10}" in text and "pictures 96000" in text
+    images = 6000 * config.train_batch_size * config.gradient_accumulation_steps
+    assert f"UNet evaluations {images * 10}" in text and f"pictures {images}" in text
 
 
-def test_sdxl_as_a_lora_fits_16_gb():
-    _, found = planned("--teacher", "sdxl", "--lora")
-    assert found.unet_parameters == 2_567_463_684
-    assert found.peak(4) < 16e9 < found.peak(8)
-    assert largest_batch(found, 16e9) == 4 and largest_batch(found, 8e9) == 0
+def test_phases_lie_on_the_lines_through_what_was_counted():
+    phase = Phase({1: 10.0, 4: 13.0, 16: 49.0})
+    assert [phase.bytes(size) for size in (1, 2, 4, 10, 16, 32)] == [10, 11, 13, 31, 49, 97]
+    assert Phase({1: 7.0}).bytes(64) == 7
+
+
+def test_the_presets_fit_the_memory_that_they_name(monkeypatch):
+    """SDXL's takes long to count: its numbers are those of --plan, and its flags are what they were counted with."""
+    for name in PRESETS:
+        config = parse(["--config", name, "--plan"])
+        assert config.gradient_checkpointing and name.split("-")[0] == config.teacher
+        assert config.train_batch_size * config.gradient_accumulation_steps == 16  # the defaults' for one GPU
+        assert config.lora == ("lora" in name)
+    monkeypatch.setattr(plans, "BATCHES", (1, 4))
+    config, found = planned("--config", "sd15-24gb")
+    assert found.peak(config.train_batch_size) < 24e9 and largest_batch(found, 16e9) == 0
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_plan_is_what_a_real_step_holds(tiny_pipeline, tmp_path, monkeypatch, lora):
+    """Against the storages that live while the loop itself takes a step on the CPU."""
+    monkeypatch.setattr(consistency, "plain_attention", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "plain_attention", lambda _: contextlib.nullcontext())
+    config, _ = parse_command([
+        "--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "16", "--num-held-out", "1",
+        "--no-cache-latents", "--train-batch-size", "4", "--mixed-precision", "no", "--max-train-steps", "2",
+        "--release-decay", "0", "--teacher-dtype", "fp32", "--gradient-checkpointing",
+        "--output-dir", str(tmp_path), *(["--lora", "--lora-rank", "8"] if lora else []),
+    ], None)  # fmt: skip
+    run = Distillation(config, load_pipeline(tiny_pipeline), Accelerator(cpu=True))
+    held = {one.untyped_storage()._cdata for one in run.pipeline.vae.parameters()}
+    networks = {"student": run.networks.student}
+    if not lora:
+        networks |= {"target": run.networks.target, "teacher": run.networks.teacher}
+    weights = {one.untyped_storage()._cdata: one.nbytes for net in networks.values() for one in net.parameters()}
+    assert not held & weights.keys()
+    with Storages() as storages:
+        run._backward()
+    found = plan(config)
+    assert found.phases["step"].bytes(4) - found.optimizer == pytest.approx(
+        sum(weights.values()) + storages.peak, rel=0.1
+    )
+
+
+class Storages(TorchDispatchMode):
+    """The most bytes alive of what is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, torch.Tensor) and not func.is_view:
+                storage = one.untyped_storage()
+                if storage._cdata not in self.live and not func._schema.is_mutable:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
 
 
 def test_presets_give_what_was_not_set():
@@ -54,34 +121,6 @@ def test_the_papers_recipe_is_there_to_ask_for(teacher, k, k_phi):
     assert (config.gamma_conditioning, config.gamma_one_probability, config.timestep_power) == ("embedding", 0.0, 0.0)
     config = parse(["--teacher", teacher, "--recipe", "paper", "--gamma-conditioning", "noise-level", "--skip", "60"])
     assert (config.gamma_conditioning, config.skip, config.solver_skip) == ("noise-level", 60, 20)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(checkpointing):
-    """The count on the meta device against the storages that a real forward pass leaves alive."""
-    shape = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32}
-    shape |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 8}
-    shape |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**shape)
-    vae = {"block_out_channels": (32, 32)}
-    found, _ = activation_bytes(unet, Architecture(shape, vae, {}), 32, checkpointing)
-    real, kept = UNet2DConditionModel(**shape), {}
-    weights = {parameter.data_ptr() for parameter in real.parameters()}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = real(torch.randn(1, 4, 16, 16), torch.ones(1), torch.randn(1, 77, 32)).sample
-    assert output.requires_grad
-    expected = sum(kept.values())
-    if checkpointing:
-        assert 0.1 * expected < found < 0.8 * expected
-    else:
-        assert found == pytest.approx(expected, rel=0.15)
 
 
 def test_the_presets_are_listed(capsys):

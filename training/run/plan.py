@@ -1,41 +1,57 @@
-"""What a run will take, before it starts: memory, UNet evaluations, steps and pictures, by arithmetic alone.
+"""What a run will take, before it starts: memory, UNet evaluations, steps and pictures.
 
-Shapes come from the teacher's own config.json or, where it is not on this machine, from the published ones; the network
-is laid out on torch's meta device, which has shapes and no values, so that counting costs neither memory nor weights.
+The run's own networks take its own step on torch's meta device, which has shapes and no values, while the bytes of
+living storages are counted: neither memory nor weights nor a GPU are needed. Shapes come from the teacher's own
+config.json or, where it is not on this machine, from the published ones.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from splam_core.recipe import LORA_TARGETS
+from splam_core import NoiseSchedule
 
+from ..data.latents import GROUP
 from ..models.architectures import ARCHITECTURES, Architecture
 from ..models.files import family_of_file
-from ..models.pipeline import DTYPES
+from ..models.pipeline import DTYPES, Conditioning, Pipeline
+from ..models.sampling import guided_output
 from ..models.teachers import TEACHERS, resolve
 from .config import Config
-from .networks import GAMMA_DIM, base_dtype
+from .consistency import Consistency
+from .counting import GPU, Living, rounded
+from .networks import FullNetworks, LoraNetworks, base_dtype
 from .optimizers import state_bytes
 
 GB = 1e9
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
 # CUDA's context and what its allocator cannot use.
 RESERVED, FRAGMENTED = 0.5 * GB, 1.05
+BATCHES = (1, 4, 16)  # that a step is counted at
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak bytes on the device, by batch size; one entry for what does not depend on it."""
+
+    counted: dict[int, float]
+
+    def bytes(self, batch_size: int) -> float:
+        """On the lines through what was counted, beyond it on the last."""
+        sizes = sorted(self.counted)
+        if len(sizes) == 1:
+            return self.counted[sizes[0]]
+        over = next((place for place, size in enumerate(sizes[1:-1], 1) if batch_size <= size), len(sizes) - 1)
+        (low, less), (high, more) = ((size, self.counted[size]) for size in sizes[over - 1 : over + 1])
+        return less + (batch_size - low) * (more - less) / (high - low)
 
 
 @dataclass(frozen=True)
@@ -45,63 +61,121 @@ class Plan:
     unet_parameters: int
     trained_parameters: int
     frozen: float  # UNet as teacher
-    encoders: float  # VAE and text encoders, while they encode the data
     trained: float  # student or its adapters, fp32
     target: float
-    gradients: float
     optimizer: float
-    casts: float  # 16-bit copies that mixed precision makes of fp32 weights
+    encoders: float  # VAE and text encoders, fp32
+    phases: dict[str, Phase]
     release: float
-    activations: float  # one sample's, kept for the backward pass
-    working: float  # one sample's, of the teacher's guided pass (two UNet rows)
 
-    @property
-    def fixed(self) -> float:
-        return self.frozen + self.trained + self.target + self.gradients + self.optimizer + self.casts
+    def disk(self, kept: int) -> float:
+        """Checkpoints `kept`, one that is being written, and the best."""
+        return (kept + 1) * (self.trained + self.target + self.release + self.optimizer) + self.target
+
+    def allocated(self, batch_size: int) -> float:
+        """The largest of all phases, as torch.cuda.max_memory_allocated counts it."""
+        return max(phase.bytes(batch_size) for phase in self.phases.values())
 
     def peak(self, batch_size: int) -> float:
-        """While training. Data that are cached first need `encoders` and the UNet before that, which is less."""
-        return (self.fixed + batch_size * max(self.activations, self.working)) * FRAGMENTED + RESERVED
+        """What a card must have."""
+        return self.allocated(batch_size) * FRAGMENTED + RESERVED
 
 
 def plan(config: Config) -> Plan:
-    """The arithmetic of a run. Raises ValueError for a teacher that is neither here nor a preset."""
+    """Count a run. Raises ValueError for a teacher that is neither here nor a preset."""
     architecture, resolution = shapes(config)
-    dtype = base_dtype(config)
-    running = DTYPES[config.mixed_precision] if config.mixed_precision != "no" else torch.float32
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(architecture.unet)
-        encoders = [AutoencoderKL.from_config(architecture.vae), CLIPTextModel(architecture.clip())]
-        if architecture.text_encoder_2:
-            encoders.append(CLIPTextModelWithProjection(architecture.clip(second=True)))
-    parameters = _count(unet)
-    projection = GAMMA_DIM * unet.config.block_out_channels[0] * (config.conditioning == "embedding")
-    unet.requires_grad_(not config.lora)
-    if config.lora:
-        targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
-        with torch.device("meta"):
-            unet.add_adapter(LoraConfig(r=config.lora_rank, target_modules=list(targets)), "student")
-        trained = _count(unet) - parameters + projection
-    else:
-        trained = parameters + projection
-    saved, working = activation_bytes(
-        nn.Module.to(unet, running), architecture, resolution, config.gradient_checkpointing
-    )
-    mixed = config.mixed_precision != "no"
+    # A jump's solver steps follow one another and leave nothing; the release average is not on the device.
+    counted = replace(config, skip=config.solver_skip, release_decay=0.0)
+    phases = {}
+    with Living() as living, torch.device("meta"):
+        pipeline = _pipeline(architecture, base_dtype(config) if config.lora else torch.float32)
+        parameters = sum(one.numel() for one in pipeline.unet.parameters())
+        vae, texts = _bytes(pipeline.vae), _bytes(pipeline.text_encoder, pipeline.text_encoder_2)
+        phases["data"] = Phase({1: living.peak_of(lambda: _make_data(config, pipeline, resolution))})
+        networks = LoraNetworks(pipeline, counted) if config.lora else FullNetworks(pipeline, counted)
+        trained = sum(one.numel() for one in networks.trainable())
+        optimizer = state_bytes(config.optimizer) * trained
+        resident = living.bytes - vae - texts + optimizer
+        away = optimizer - vae - texts  # what the count below has too little of, or too much
+        phases["step"] = Phase({
+            size: living.peak_of(lambda: _step(counted, pipeline, networks, size, resolution)) + away  # noqa: B023
+            for size in BATCHES
+        })  # fmt: skip
+        phases["optimizer"] = Phase({1: resident + 4.0 * trained})
+        phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline)) + optimizer - texts})
+    frozen = parameters * torch.finfo(base_dtype(config)).bits / 8
     return Plan(
         unet_parameters=parameters,
         trained_parameters=trained,
-        frozen=parameters * _size(dtype),
-        encoders=4.0 * sum(map(_count, encoders)),
+        frozen=frozen,
         trained=4.0 * trained,
-        target=4.0 * trained,
-        gradients=4.0 * trained,
-        optimizer=state_bytes(config.optimizer) * trained,
-        casts=2.0 * trained if mixed else 0.0,
+        target=resident - optimizer - frozen - 4.0 * trained,
+        optimizer=optimizer,
+        encoders=float(vae + texts),
+        phases=phases,
         release=4.0 * trained if config.release_decay else 0.0,
-        activations=saved,
-        working=2 * working,
     )
+
+
+def _pipeline(architecture: Architecture, dtype: torch.dtype) -> Pipeline:
+    """The teacher as it is loaded, on the meta device; dtype: the UNet's."""
+    unet = nn.Module.to(UNet2DConditionModel.from_config(architecture.unet), dtype)
+    parts = [unet, AutoencoderKL.from_config(architecture.vae), CLIPTextModel(architecture.clip())]
+    second = CLIPTextModelWithProjection(architecture.clip(second=True)) if architecture.text_encoder_2 else None
+    for part in (*parts, second):
+        if part is not None:
+            part.eval().requires_grad_(False)
+    scheduler = architecture.scheduler
+    return Pipeline(*parts, None, NoiseSchedule.from_config(scheduler), scheduler, second)
+
+
+def _make_data(config: Config, pipeline: Pipeline, resolution: int) -> None:
+    """Encode pictures or, for prompts, have the teacher draw them: the VAE and the text encoders are there."""
+    embedded = config.teacher in ("embedded", "embedded-teacher")
+    if config.data.endswith(".txt") if config.data else not embedded:
+        x, conditioning = _batch(pipeline, GROUP, resolution)
+        with torch.no_grad(), GPU(None):
+            guided_output(pipeline, x, torch.empty(GROUP), conditioning, _batch(pipeline, 1, resolution)[1], 2.0)
+    else:
+        with torch.no_grad(), GPU(None):
+            pipeline.vae.encode(torch.empty(1, 3, resolution, resolution))
+
+
+def _draw(pipeline: Pipeline) -> None:
+    """Decode a picture of a sheet: one by one, the UNet's activations having gone."""
+    with torch.no_grad(), GPU(None):
+        pipeline.vae.decode(torch.empty(1, *pipeline.latent_shape))
+
+
+def _batch(pipeline: Pipeline, size: int, resolution: int) -> tuple[Tensor, Conditioning]:
+    """Latents and conditioning of so many samples."""
+    side, width = resolution // pipeline.vae_scale, pipeline.unet.config.cross_attention_dim
+    conditioning = {"encoder_hidden_states": torch.empty(size, 77, width)}
+    if pipeline.text_encoder_2 is not None:
+        pooled = pipeline.text_encoder_2.config.projection_dim
+        conditioning |= {"text_embeds": torch.empty(size, pooled), "time_ids": torch.empty(size, 6)}
+    return torch.empty(size, pipeline.latent_shape[0], side, side), conditioning
+
+
+def _step(
+    config: Config, pipeline: Pipeline, networks: FullNetworks | LoraNetworks, size: int, resolution: int
+) -> None:
+    """The forward and backward passes of a batch."""
+    gpu = GPU(DTYPES[config.mixed_precision] if config.mixed_precision != "no" else None)
+    batch = _batch(pipeline, size, resolution)
+    negative = _batch(pipeline, 1, resolution)[1]
+    objective = config.objective(pipeline.schedule, pipeline.prediction_type)
+    losses = Consistency(config, pipeline, negative, networks, objective).losses(*batch, range(size))
+    with gpu:
+        while True:
+            with gpu.autocast():
+                pair = next(losses, None)
+            if pair is None:
+                break
+            pair[1].backward()
+            del pair
+    for weight in networks.trainable():
+        weight.grad = None
 
 
 def shapes(config: Config) -> tuple[Architecture, int]:
@@ -128,98 +202,6 @@ def shapes(config: Config) -> tuple[Architecture, int]:
     return architecture, config.data_options.resolution or (preset.resolution if preset else native)
 
 
-def activation_bytes(
-    unet: UNet2DConditionModel, architecture: Architecture, resolution: int, checkpointing: bool
-) -> tuple[float, float]:
-    """(bytes kept for the backward pass, bytes at work without one) of one sample; unet on the meta device.
-
-    Autograd's own hooks say what it keeps. Checkpointed blocks keep their input, and one at a time all the rest.
-    Attention is counted as the fused kernels keep it: queries, keys, values and output, no matrix.
-    """
-    side = resolution // 2 ** (len(architecture.vae["block_out_channels"]) - 1)
-    width = unet.config.cross_attention_dim
-    dtype = next(p.dtype for p in unet.parameters())
-    weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    inside: list[nn.Module] = []
-    kept: dict[nn.Module | None, dict[int, int]] = {None: {}}
-    entering, largest = 0.0, 0.0
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[inside[-1] if inside else None][storage._cdata] = tensor.numel() * tensor.element_size()
-        alive.append(tensor)  # or another tensor would take its storage's address
-        return tensor
-
-    def enter(module: nn.Module, inputs: tuple, arguments: dict) -> None:
-        nonlocal entering
-        if not inside:
-            tensors = [one for one in (*inputs, *arguments.values()) if isinstance(one, Tensor)]
-            entering += sum(one.numel() * one.element_size() for one in tensors[:1])
-        inside.append(module)
-        kept[module] = {}
-
-    def leave(module: nn.Module, *_) -> None:
-        inside.pop()
-
-    def watch(_: nn.Module, __: tuple, output) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
-
-    alive: list[Tensor] = []
-    hooks = [module.register_forward_hook(watch) for module in unet.modules()]
-    if checkpointing:
-        for module in unet.modules():
-            if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
-                hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                hooks.append(module.register_forward_hook(leave))
-    with torch.device("meta"):
-        x = torch.empty(1, unet.config.in_channels, side, side, dtype=dtype)
-        added = {}
-        if unet.config.addition_embed_type == "text_time":
-            pooled = architecture.text_encoder_2["projection_dim"]
-            added = {"added_cond_kwargs": {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}}
-        arguments = {"encoder_hidden_states": torch.empty(1, 77, width, dtype=dtype), **added}
-        if added:
-            added["added_cond_kwargs"]["text_embeds"] = added["added_cond_kwargs"]["text_embeds"].to(dtype)
-        with _fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet(x, torch.empty(1), **arguments)
-    for hook in hooks:
-        hook.remove()
-    blocks = [sum(own.values()) for module, own in kept.items() if module is not None]
-    outside = sum(kept[None].values())
-    saved = outside + (entering + max(blocks, default=0.0) if checkpointing else 0.0)
-    # Without a backward pass: the skip connections (about as much as enters the down blocks) and a block's few tensors.
-    channels, skips, level = unet.config.block_out_channels, 0.0, side
-    for place, channel in enumerate(channels):
-        skips += (unet.config.layers_per_block + 1) * channel * level**2 * _size(dtype)
-        level = level // 2 if place + 1 < len(channels) else level
-    return saved, skips + 4 * largest
-
-
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError
-
-
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FusedAttention.apply(q, k, v)
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
-
-
 def largest_batch(found: Plan, memory: float) -> int:
     """The largest power of two that fits into so many bytes; 0 if one sample does not."""
     fitting = itertools.takewhile(lambda size: found.peak(size) <= memory, (2**n for n in range(12)))
@@ -231,15 +213,19 @@ def describe(config: Config, found: Plan) -> str:
     batch, many = config.train_batch_size, config.gradient_accumulation_steps
     images = config.max_train_steps * batch * many
     kind = f"LoRA of rank {config.lora_rank}" if config.lora else "full weights"
-    rows = [
+    held = [
         ("frozen UNet" if config.lora else "frozen teacher", found.frozen, str(base_dtype(config))[6:]),
-        ("trained weights, fp32", found.trained, f"{found.trained_parameters / 1e6:.1f} M parameters"),
+        ("trained weights", found.trained, f"fp32, {found.trained_parameters / 1e6:.1f} M parameters"),
         ("target", found.target, "fp32"),
-        ("gradients", found.gradients, "fp32"),
         (f"optimizer ({config.optimizer})", found.optimizer, ""),
-        ("16-bit copies of trained weights", found.casts, ""),
-        (f"activations, batch {batch}", batch * max(found.activations, found.working), "an estimate"),
     ]
+    named = {
+        "data": "while data are made",
+        "step": f"forward and backward, batch {batch}",
+        "optimizer": "optimizer step",
+        "sheet": "sheet",
+    }
+    peaks = [(named[name], phase.bytes(batch), "") for name, phase in found.phases.items()]
     lines = [
         f"{config.method.upper()} of {config.teacher}: {kind}, UNet of {found.unet_parameters / 1e6:.1f} M parameters",
         f"k={config.skip}, k_phi={config.solver_skip} ({config.solver}), w={config.guidance_scale:g}, "
@@ -247,12 +233,15 @@ def describe(config: Config, found: Plan) -> str:
         f"mixed precision {config.mixed_precision}, "
         f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",
-        "memory on the device",
-        *(f"  {name:<34} {size / GB:8.2f} GB  {note}".rstrip() for name, size, note in rows),
-        f"  {'in all, with allocator and context':<34} {found.peak(batch) / GB:8.2f} GB",
-        f"  before training, while the data are cached: {found.encoders / GB:.2f} GB of VAE and text encoders "
-        "(fp32) beside the UNet",
+        "memory on the device that is held throughout training",
+        *map(_row, held),
+        "peaks, with all of that",
+        *map(_row, peaks),
+        _row(("a card must have, with allocator and context", found.peak(batch), "")),
+        f"  VAE and text encoders (fp32, {found.encoders / GB:.2f} GB) leave when the data are made, or "
+        "stay if those are made on the way",
         f"main memory: {found.release / GB:.2f} GB for the release average",
+        f"disk: {found.disk(config.checkpoints_total_limit) / GB:.1f} GB of checkpoints, one being written",
         "",
         "largest --train-batch-size with these flags: "
         + ", ".join(f"{card} GB: {largest_batch(found, card * GB) or 'none'}" for card in CARDS),
@@ -266,12 +255,14 @@ def describe(config: Config, found: Plan) -> str:
     return "\n".join(lines)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _row(row: tuple[str, float, str]) -> str:
+    name, size, note = row
+    return f"  {name:<46} {size / GB:8.2f} GB  {note}".rstrip()
 
 
-def _size(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits // 8
+def _bytes(*modules: nn.Module | None) -> int:
+    weights = itertools.chain(*(module.parameters() for module in modules if module is not None))
+    return sum(rounded(one.nbytes) for one in weights)
 
 
 def _json(file: Path) -> dict:
