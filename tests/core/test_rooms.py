@@ -1,6 +1,7 @@
 """The house: which room may know which. Arrows run one way, and no circle is left among them."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -33,11 +34,13 @@ PACKAGES: dict[str, set[str]] = {
 }
 
 
+@cache
 def modules(package: str) -> dict[str, Path]:
     files = sorted((ROOT / package).rglob("*.py"))
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
+@cache
 def arrows(package: str) -> dict[str, set[str]]:
     """Every module of a package with the modules of the repository that it imports."""
     known = {name for one in PACKAGES for name in modules(one)}
