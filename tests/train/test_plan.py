@@ -1,7 +1,10 @@
 """What --plan says before a run, without weights."""
 
 import contextlib
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from training.run.loop import Distillation
 from training.run.measure import measure
 from training.run.plan import Phase, describe, largest_batch, plan
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
 
 
@@ -139,3 +143,14 @@ def test_measuring_a_few_steps(small, tiny_pipeline):
     assert asked.plan and asked.measure
     text = measure(config)
     assert "hours in all" in text and "peak memory" in text
+
+
+def test_a_plan_may_follow_what_loads_a_model():
+    """transformers exchanges torch.linspace while it loads, and torch may take that one for good."""
+    code = (
+        "from transformers import CLIPTextModel; CLIPTextModel.from_pretrained('assets/embedded/text_encoder'); "
+        "from training.run.config import parse; from training.run.plan import plan; "
+        "print(plan(parse(['--teacher', 'embedded'])).peak(1) > 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr

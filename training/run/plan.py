@@ -126,7 +126,8 @@ def _pipeline(architecture: Architecture, dtype: torch.dtype) -> Pipeline:
         if part is not None:
             part.eval().requires_grad_(False)
     scheduler = architecture.scheduler
-    return Pipeline(*parts, None, NoiseSchedule.from_config(scheduler), scheduler, second)
+    # Moved by name: once transformers has loaded a model, torch.linspace may no longer heed the device around it.
+    return Pipeline(*parts, None, NoiseSchedule.from_config(scheduler).to("meta"), scheduler, second)
 
 
 def _make_data(config: Config, pipeline: Pipeline, resolution: int) -> None:
