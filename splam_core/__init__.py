@@ -26,6 +26,7 @@ from .gamma import (
     sinusoid,
     sinusoid_frequencies,
 )
+from .matching import DistributionMatching, MatchingDraws, draw_places, matching_draws, simulate
 from .objective import Objective, l2, pseudo_huber, subpath_for
 from .parametrisation import Parametrisation, parametrisation_of
 from .recipe import Recipe
@@ -38,7 +39,9 @@ __all__ = [
     "SOLVERS",
     "Denoiser",
     "DirectLinking",
+    "DistributionMatching",
     "LossWatch",
+    "MatchingDraws",
     "NoiseSchedule",
     "Objective",
     "Parametrisation",
@@ -52,6 +55,7 @@ __all__ = [
     "ddim_step",
     "decisions",
     "diffusers_to_ldm",
+    "draw_places",
     "draw_timesteps",
     "draws",
     "ema_update",
@@ -70,6 +74,7 @@ __all__ = [
     "lora_adapters",
     "lora_magnitudes",
     "lora_to_kohya",
+    "matching_draws",
     "multiple_estimation",
     "not_finite",
     "parametrisation_of",
@@ -83,6 +88,7 @@ __all__ = [
     "sample",
     "sample_gamma",
     "save_file",
+    "simulate",
     "sinusoid",
     "sinusoid_frequencies",
     "solver_path",
