@@ -1,0 +1,217 @@
+"""Scenes of emoji: one large picture of a set, or two in a relation, on a background that the caption may name.
+
+The set is Microsoft's Fluent Emoji 3D (MIT), a folder of 256x256 px pictures with transparency, named by code points
+(`1f34e.webp`); `emoji.txt` beside this module lists those that are used with their names in words, and the repository
+carries no more of them. As in `shapes`, the caption names what must be seen; exact place, turn, size and shades are
+nuisance; and all of it is a function of (seed, index).
+"""
+
+from __future__ import annotations
+
+import colorsys
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SIZE = 192
+SINGLE, PAIR = (138, 166), (78, 90)  # side of the square that an emoji fills, px: alone, and of two
+NAMES = dict(  # name in words -> code points
+    line.split(" ", 1)[::-1] for line in (Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8").splitlines()
+)
+VOCABULARY = tuple(NAMES)
+DIRECTIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # y points down
+RELATIONS = tuple(DIRECTIONS)
+BACKGROUNDS = {  # hue, saturation, value
+    "white": (0.60, 0.02, 0.97),
+    "black": (0.65, 0.10, 0.11),
+    "red": (0.99, 0.72, 0.78),
+    "yellow": (0.145, 0.58, 0.97),
+    "green": (0.38, 0.50, 0.68),
+    "blue": (0.59, 0.58, 0.84),
+    "purple": (0.75, 0.48, 0.66),
+    "pink": (0.93, 0.28, 0.97),
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One thing, or two with the relation of the first to the second; and the background's colour, or None."""
+
+    things: tuple[str, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    def __str__(self) -> str:
+        ending = f" on a {self.background} background" if self.background else ""
+        return f" {self.relation} ".join(self.things) + ending
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is of a combination that is kept out of training.
+
+        One of six kinds of each trade's people (a tone of skin of a woman or a man), one of eight backgrounds of each
+        thing, and one of twenty ordered pairs.
+        """
+        indices = [VOCABULARY.index(thing) for thing in self.things]
+        people = any(index % 6 == (index // 6) % 6 and " skin" in VOCABULARY[index] for index in indices)
+        pair = len(indices) == 2 and (3 * indices[0] + 7 * indices[1]) % 20 == 0
+        ground = self.background is not None and any(
+            index % len(BACKGROUNDS) == list(BACKGROUNDS).index(self.background) for index in indices
+        )
+        return people or pair or ground
+
+
+_THING = "(" + "|".join(sorted(map(re.escape, VOCABULARY), key=len, reverse=True)) + ")"
+_CAPTION = re.compile(
+    rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})?(?: on a ({'|'.join(BACKGROUNDS)}) background)?", re.IGNORECASE
+)
+_CANONICAL = {name.lower(): name for name in VOCABULARY}
+
+
+def parse_caption(text: str) -> Caption:
+    """The inverse of ``str(caption)``. Raises ValueError for text that is not a caption of this grammar."""
+    match = _CAPTION.fullmatch(" ".join(text.split()))
+    if match is None:
+        raise ValueError(
+            f"{text!r} is not a caption of the emoji scenes; expected e.g. 'a red rose', 'a panda on a blue "
+            "background' or 'a cat to the left of a cookie on a white background', with relations "
+            f"{', '.join(RELATIONS)}, backgrounds {', '.join(BACKGROUNDS)} and the things of training/scenes/emoji.txt"
+        )
+    first, relation, second, background = match.groups()
+    things = tuple(_CANONICAL[thing.lower()] for thing in (first, second) if thing)
+    return Caption(things, relation and relation.lower(), background and background.lower())
+
+
+def draw_caption(rng: np.random.Generator, objects: int | None = None, held_out: bool | None = False) -> Caption:
+    """A random caption of `objects` things (None: one in 75 % of draws), of two different ones where there are two.
+
+    Half of the captions name their background. `held_out` None takes any caption, else only such.
+    """
+    while True:
+        count = objects or (1 if rng.random() < 0.75 else 2)
+        things = tuple(VOCABULARY[index] for index in rng.choice(len(VOCABULARY), count, replace=False))
+        relation = str(rng.choice(RELATIONS)) if count == 2 else None
+        background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.5 else None
+        caption = Caption(things, relation, background)
+        if held_out is None or caption.held_out == held_out:
+            return caption
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A thing with its geometry: centre and side in pixels, turn in radians."""
+
+    thing: str
+    x: float
+    y: float
+    side: float
+    angle: float
+
+
+def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
+    """Positions that fulfil the caption: one near the middle; two either side of it along their relation."""
+    middle = IMAGE_SIZE / 2
+    if caption.relation is None:
+        side = rng.uniform(*SINGLE)
+        reach = (IMAGE_SIZE - side) / 2
+        x, y = middle + rng.uniform(-reach, reach, 2)
+        return (Placed(caption.things[0], x, y, side, rng.uniform(-0.15, 0.15)),)
+    dx, dy = DIRECTIONS[caption.relation]
+    placed = []
+    for thing, sign in zip(caption.things, (1, -1), strict=True):
+        side, along, across = rng.uniform(*PAIR), sign * rng.uniform(45, 50), rng.uniform(-18, 18)
+        x, y = middle + along * dx + across * dy, middle + along * dy + across * dx
+        placed.append(Placed(thing, x, y, side, rng.uniform(-0.15, 0.15)))
+    return tuple(placed)
+
+
+def related(a: Placed, b: Placed, relation: str) -> bool:
+    """Whether a stands in `relation` to b: its offset along the relation's axis exceeds that across."""
+    toward_x, toward_y = DIRECTIONS[relation]
+    dx, dy = a.x - b.x, a.y - b.y
+    return dx * toward_x + dy * toward_y > abs(dx * toward_y + dy * toward_x)
+
+
+def _background(name: str | None, rng: np.random.Generator) -> np.ndarray:
+    """A gradient between two near shades of a colour, float [IMAGE_SIZE, IMAGE_SIZE, 3] in [0, 1]."""
+    if name is None:
+        hue, saturation, value = rng.random(), rng.uniform(0.0, 0.6), rng.uniform(0.35, 0.97)
+    else:
+        hue, saturation, value = BACKGROUNDS[name]
+        hue, saturation = hue + rng.uniform(-0.012, 0.012), saturation * rng.uniform(0.88, 1.12)
+    ends = [
+        np.array(colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), np.clip(value + shift, 0, 1)), np.float32)
+        for shift in rng.uniform(-0.05, 0.05, 2)
+    ]
+    ys, xs = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) / (IMAGE_SIZE - 1) - 0.5
+    angle = rng.uniform(0, 2 * np.pi)
+    mix = np.clip(0.5 + (xs * np.cos(angle) + ys * np.sin(angle)) / 1.2, 0, 1)[..., None].astype(np.float32)
+    return (1 - mix) * ends[0] + mix * ends[1]
+
+
+class Pictures:
+    """The pictures of `folder`, made ready for both sizes in scenes.
+
+    Raises FileNotFoundError where the folder lacks one of the vocabulary.
+    """
+
+    MARGIN = 0.08  # clear border about a picture, as a share of its side, for what a turn moves past its edge
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        lacking = [f"{code}.webp" for code in NAMES.values() if not (self.folder / f"{code}.webp").is_file()]
+        if lacking:
+            raise FileNotFoundError(
+                f"{self.folder} lacks {len(lacking)} of the {len(NAMES)} pictures, such as {', '.join(lacking[:3])}; "
+                "expected the folder assets/ of the npm package @lobehub/fluent-emoji-3d 1.1.0 "
+                "(npm pack @lobehub/fluent-emoji-3d@1.1.0, then tar xzf)"
+            )
+
+    @cached_property
+    def levels(self) -> dict[str, tuple[Image.Image, Image.Image]]:
+        """Each thing at the largest sides of `SINGLE` and of `PAIR`, with premultiplied alpha."""
+        return {name: self._read(self.folder / f"{code}.webp") for name, code in NAMES.items()}
+
+    def _read(self, file: Path) -> tuple[Image.Image, Image.Image]:
+        with Image.open(file) as picture:
+            found = picture.convert("RGBA")
+        large, small = (found.resize((side, side), Image.Resampling.LANCZOS) for side in (SINGLE[1], PAIR[1]))
+        return _bordered(large, self.MARGIN), _bordered(small, self.MARGIN)
+
+    def paint(self, item: Placed) -> np.ndarray:
+        """One thing alone, float [IMAGE_SIZE, IMAGE_SIZE, 4] in [0, 1]: premultiplied colours and coverage."""
+        source = self.levels[item.thing][item.side <= PAIR[1]]
+        scale = source.width / (item.side * (1 + 2 * self.MARGIN))  # source pixels a pixel of the scene
+        cos, sin, half = scale * np.cos(item.angle), scale * np.sin(item.angle), source.width / 2
+        # From a pixel of the scene to one of the source: turned about the thing's centre.
+        matrix = (cos, sin, half - cos * item.x - sin * item.y, -sin, cos, half + sin * item.x - cos * item.y)
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        turned = source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        return np.asarray(turned, np.float32) / 255
+
+    def render(self, caption: Caption, placed: tuple[Placed, ...], rng: np.random.Generator) -> np.ndarray:
+        """The picture, uint8 [192, 192, 3]; the background's shades come from `rng`."""
+        image = _background(caption.background, rng)
+        for item in placed:
+            painted = self.paint(item)
+            image = image * (1 - painted[..., 3:]) + painted[..., :3]
+        return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+    def scene(self, seed: int, index: int, **caption_options) -> tuple[np.ndarray, Caption, tuple[Placed, ...]]:
+        """Picture, caption and geometry number `index` of the stream `seed`; options as for `draw_caption`."""
+        rng = np.random.default_rng([seed, index])
+        caption = draw_caption(rng, **caption_options)
+        placed = place(caption, rng)
+        return self.render(caption, placed, rng), caption, placed
+
+
+def _bordered(picture: Image.Image, margin: float) -> Image.Image:
+    """With a clear border, and premultiplied by its alpha, so that what is sampled of it shows no fringe."""
+    border = round(picture.width * margin)
+    larger = Image.new("RGBA", (picture.width + 2 * border,) * 2)
+    larger.paste(picture, (border, border))
+    return larger.convert("RGBa")
