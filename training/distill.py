@@ -29,23 +29,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from training.run.config import Config, parse_command
-from training.run.identity import check_folder, only_writer
-from training.run.loop import Distillation, Progress
-from training.run.measure import measure
-from training.run.networks import load_teacher
-from training.run.plan import describe, plan
-from training.run.processes import join_processes, on_main
-from training.run.publish import finish
-from training.run.report import (
+from .run.config import Config, parse_command
+from .run.identity import check_folder, only_writer
+from .run.loop import Distillation, Progress
+from .run.measure import measure
+from .run.networks import load_teacher
+from .run.plan import describe, plan
+from .run.processes import join_processes, on_main
+from .run.publish import finish
+from .run.report import (
     Sheets,
     Trackers,
     flat_scores,
     keep_log,
     peak_memory,
 )
-from training.run.stopping import StoppedError, StopRequest, memory_explained
-from training.run.validation import Score
+from .run.stopping import StoppedError, StopRequest, memory_explained
+from .run.validation import Score
 
 
 def distill(config: Config, stop: StopRequest | None = None) -> None:

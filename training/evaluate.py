@@ -26,12 +26,12 @@ if __package__ in (None, ""):  # run by path
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-from training.flags import add_flags, given_flags
-from training.models.sampling import unet_evaluations
-from training.scoring import report
-from training.scoring.drawing import Drawn, draw, load_model, measure_curves
-from training.scoring.embedded_scores import scores_of
-from training.scoring.perceptual import (
+from .flags import add_flags, given_flags
+from .models.sampling import unet_evaluations
+from .scoring import report
+from .scoring.drawing import Drawn, draw, load_model, measure_curves
+from .scoring.embedded_scores import scores_of
+from .scoring.perceptual import (
     ReferenceSet,
     clip_score,
     image_files,
@@ -40,8 +40,8 @@ from training.scoring.perceptual import (
     load_clip,
     load_inception,
 )
-from training.scoring.protocols import PROTOCOLS
-from training.scoring.request import GROUPS, SCORES, Request, check, protocol_captions_of, size_of
+from .scoring.protocols import PROTOCOLS
+from .scoring.request import GROUPS, SCORES, Request, check, protocol_captions_of, size_of
 
 
 def evaluate(request: Request) -> dict | None:

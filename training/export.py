@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from splam_core import load_file, read_metadata
-from training.files import WRITE_ERRORS, why_not_written
-from training.models.files import ModelFiles, read_model, write_folder, write_single_file
-from training.models.lora import extract_lora, lora_file, merged, read_lora, save_lora
-from training.models.pipeline import DTYPES
-from training.models.teachers import resolve
+
+from .files import WRITE_ERRORS, why_not_written
+from .models.files import ModelFiles, read_model, write_folder, write_single_file
+from .models.lora import extract_lora, lora_file, merged, read_lora, save_lora
+from .models.pipeline import DTYPES
+from .models.teachers import resolve
 
 FORMS = ("diffusers", "single-file", "lora")
 _LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_", "oft_", "lycoris_")

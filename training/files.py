@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names only when they are whole, and what to say where they cannot."""
+"""Files that come with the code; files and folders written whole or not at all, and what to say where they cannot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from safetensors import SafetensorError
 
 # What torch, safetensors and the system raise where a file cannot be written; `why_not_written` says why.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+def shipped(folder: str) -> Path:
+    """A folder of the repository: it lies beside training/, or inside where that is installed as splam_training."""
+    here = Path(__file__).resolve().parent
+    return here / folder if (here / folder).is_dir() else here.parent / folder
 
 
 @contextlib.contextmanager

@@ -29,16 +29,16 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from training.data import DataOptions, at_resolution, default_spec, source_of
-from training.data.base import FEW, cache_settings, check_skipped, encoder_of, is_drawn, sift
-from training.data.latents import META, NO_PROMPT, Encoder, Size, make, read_index, write_shard
-from training.data.samples import SHARDS, read_meta, shards_of
-from training.data.sources import Listing, Record, Skip
-from training.files import write_whole
-from training.flags import add_flags
-from training.models.load import load_pipeline
-from training.models.pipeline import DTYPES, Pipeline
-from training.models.teachers import resolve
+from .data import DataOptions, at_resolution, default_spec, source_of
+from .data.base import FEW, cache_settings, check_skipped, encoder_of, is_drawn, sift
+from .data.latents import META, NO_PROMPT, Encoder, Size, make, read_index, write_shard
+from .data.samples import SHARDS, read_meta, shards_of
+from .data.sources import Listing, Record, Skip
+from .files import write_whole
+from .flags import add_flags
+from .models.load import load_pipeline
+from .models.pipeline import DTYPES, Pipeline
+from .models.teachers import resolve
 
 
 class Preparation:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import shipped
 from .hub import HUB_ID, _download, cached, command, lacking
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ASSETS = shipped("assets")
 EMBEDDED = ASSETS / "embedded"
 NAMED = {"embedded": EMBEDDED, "embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files import WRITE_ERRORS
+from ..files import WRITE_ERRORS, shipped
 from ..models.files import ModelFiles, write_folder, write_single_file
 from ..models.load import read_teacher
 from ..models.lora import merged, save_lora
@@ -23,7 +23,7 @@ from .config import Config
 from .loop import Distillation
 from .report import sample_prompts, save_curves
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "splam_txt2img.json"
+WORKFLOW = shipped("workflows") / "splam_txt2img.json"
 
 
 def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
