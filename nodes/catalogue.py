@@ -2,20 +2,21 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
-import torch
 
-from ..splam_core.checkpoint import PICKLES, is_safetensors
+from ..splam_core.checkpoint import PICKLES, is_safetensors, shortened
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 PUBLISHER = "alimama-creative"
 RELEASES = ("slam-sd1.5", "slam-dreamshaper7")  # folder names of the authors' published pipelines
 KINDS = ("checkpoints", "diffusion_models", "diffusers", "loras")  # the host's folders that are read
+MOST = 4000  # characters of an error: a file's names may be megabytes long
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,19 @@ def host_names() -> Iterator[None]:
         raise ValueError(in_host_names(str(error))) from error
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What goes wrong inside because of a file's weights is a ValueError that names the file."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # the host's to deal with
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: its weights do not fit together ({type(error).__name__}: {error}). The file is damaged or of "
-            "another architecture: fetch it again, or take another."
-        ) from error
-
-
 def in_host_names(text: str) -> str:
-    """The text with the host's folders in place of their paths."""
-    known = {EMBEDDED: "embedded", Path(folder_paths.models_dir): "models", Path(folder_paths.base_path): "ComfyUI"}
+    """The text with the host's folders in place of their paths, and no longer than a screen."""
+    known = {Path.home(): "~", Path(sys.prefix): "Python"}
+    known |= {Path(folder_paths.models_dir): "models", Path(folder_paths.base_path): "ComfyUI", EMBEDDED: "embedded"}
     known |= {Path(folder): kind for kind in KINDS for folder in folder_paths.get_folder_paths(kind)}
-    for folder in sorted(known, key=lambda path: len(str(path)), reverse=True):
-        text = text.replace(str(folder), known[folder])
-    return text
+    # Also as links lead to them, and as Python's own errors quote them where a name has backslashes.
+    written = {
+        str(form): name for path, name in known.items() for form in (path, path.resolve()) if len(path.parts) > 1
+    }
+    written |= {repr(path)[1:-1]: name for path, name in written.items()}
+    for path in sorted(written, key=len, reverse=True):
+        text = text.replace(path, written[path])
+    return shortened(text, MOST)
 
 
 def read_json(file: Path) -> dict:

@@ -15,6 +15,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 from server import PromptServer
 
+from ..splam_core.checkpoint import shortened
+from .catalogue import host_names, in_host_names
+
 RECORD = "splam-fetch.json"
 KEPT = (".safetensors", ".json", ".txt")  # never a pickle
 PIPELINE_PARTS = ("unet", "vae", "text_encoder")
@@ -83,7 +86,9 @@ class SPLAMFetch(io.ComfyNode):
                     ),
                 )
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Where the release lies on this machine.")],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The host's folder of the release and its name there.")
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -96,8 +101,10 @@ class SPLAMFetch(io.ComfyNode):
     def execute(cls, release) -> io.NodeOutput:
         if release not in RELEASES:
             raise FetchError(f"SPLAM Fetch: there is no release {release!r}. Choose one of {', '.join(RELEASES)}.")
-        path, text = fetch(RELEASES[release], Progress(cls.hidden.unique_id))
-        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+        with host_names():
+            path, text = fetch(RELEASES[release], Progress(cls.hidden.unique_id))
+        # Whoever uses a shared server sees both.
+        return io.NodeOutput(in_host_names(str(path)), ui=ui.PreviewText(in_host_names(text)))
 
 
 class Progress:
@@ -202,7 +209,7 @@ def ask_hub(release: Release, progress: Progress) -> dict:
     return {
         "repo": release.repo,
         "revision": info.sha,
-        "licence": card.get("license") or next(iter(licences), None),
+        "licence": one_line(card.get("license") or next(iter(licences), "")),
         "files": {name: facts_of(release, files[name]) for name in wanted(release, list(files))},
     }
 
@@ -238,7 +245,8 @@ def wanted(release: Release, names: list[str]) -> list[str]:
 def stays_inside(name: str) -> bool:
     """Whether a file's name, on any system, means a place inside the folder that it is put into."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts and not name.startswith("/") and not set(name) & set('\\:*?"<>|')
+    plain = name.isprintable() and not set(name) & set('\\:*?"<>|')
+    return plain and bool(parts) and ".." not in parts and not name.startswith("/")
 
 
 def facts_of(release: Release, file) -> dict:
@@ -388,10 +396,21 @@ def read_record(file: Path) -> dict | None:
     """None for no record, or one that is none of ours."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        whole = record["revision"] and record["files"] and all(map(stays_inside, record["files"]))
-        return record if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        files = record["files"]
+        ours = isinstance(record["revision"], str) and files and all(map(stays_inside, files))
+        ours = ours and all(is_facts(facts) for facts in files.values())
+        return {**record, "licence": one_line(record.get("licence"))} if ours else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def is_facts(facts) -> bool:
+    return facts["kind"] in ("sha256", "git") and isinstance(facts["size"], int) and isinstance(facts["hash"], str)
+
+
+def one_line(text) -> str | None:
+    """What somebody else wrote, as a short word for the node's face."""
+    return shortened(" ".join(str(text).split()), 100) if text else None
 
 
 def gigabytes(count: int) -> str:

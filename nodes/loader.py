@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..splam_core.checkpoint import reading
 from .announce import warn
-from .catalogue import find_models, host_names, locate, reading
+from .catalogue import find_models, host_names, locate
 from .checkpoints import files_of, load
 
 

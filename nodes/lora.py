@@ -19,10 +19,11 @@ from ..splam_core.checkpoint import (
     lora_to_kohya,
     not_finite,
     read_metadata,
+    reading,
 )
 from ..splam_core.keys import lora_key
 from .announce import warn
-from .catalogue import host_names, is_pickle, read_json, reading
+from .catalogue import host_names, is_pickle, read_json
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")

@@ -11,7 +11,9 @@ from .checkpoint import (
     lora_to_kohya,
     not_finite,
     read_metadata,
+    reading,
     save_file,
+    shortened,
     weight_files,
 )
 from .denoiser import Denoiser, boundary_scalings, predict_epsilon, predict_x0
@@ -83,11 +85,13 @@ __all__ = [
     "predict_x0",
     "pseudo_huber",
     "read_metadata",
+    "reading",
     "release_decay_at",
     "renoise_generator",
     "sample",
     "sample_gamma",
     "save_file",
+    "shortened",
     "simulate",
     "sinusoid",
     "sinusoid_frequencies",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ CLIP_PREFIX = "cond_stage_model.transformer."
 
 _SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# What libraries and arithmetic raise where a file's tensors or settings are not what they should be.
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError)
 # Names that hosts know as they are: kohya's, and the host's own paths of modules.
 _HOST_LORA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "diffusion_model.")
 # cond_proj's name and the layer that it feeds, in diffusers and in LDM.
@@ -192,13 +195,34 @@ def load_files(paths: Sequence[str | os.PathLike[str]], device: str = "cpu") -> 
     weights: StateDict = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        with _open(path, device) as file:
+        with _open(path, device) as file, reading(path):
             weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open does not iterate)
             metadata |= file.metadata() or {}
+    with reading(paths[0]):
+        try:
+            return dequantized(weights, metadata)
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: {error}") from error
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong inside because of what a file holds is a ValueError that names the file."""
     try:
-        return dequantized(weights, metadata)
-    except ValueError as error:
-        raise ValueError(f"{paths[0]}: {error}") from error
+        yield
+    except torch.OutOfMemoryError:  # of the machine, not of the file: the host's to deal with
+        raise
+    except _MISFITS as error:
+        raise ValueError(
+            f"{path}: its weights do not fit together ({type(error).__name__}: {shortened(str(error))}). The file is "
+            "damaged or of another architecture: fetch it again, or take another."
+        ) from error
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """The text, or its beginning and end where it is longer: names in a file may be megabytes long."""
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def weight_files(folder: str | os.PathLike[str], stem: str) -> list[Path]:

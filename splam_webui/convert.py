@@ -21,6 +21,7 @@ from splam_core.checkpoint import (
     lora_to_kohya,
     not_finite,
     read_metadata,
+    reading,
     save_file,
     weight_files,
 )
@@ -76,35 +77,36 @@ def convert(
     architecture, gives VAE and text encoder), a single file, or a LoRA. precision: a key of PRECISIONS.
     embedded: see `fold_gamma`. Raises ValueError, FileNotFoundError or FileExistsError with one message for the user.
     """
-    dtype = PRECISIONS[precision]
     resolve_target(name, checkpoints, overwrite=True)  # a bad name is told before minutes of reading
     progress(0.0, f"Reading {source.name}")
-    weights = load_file(source) if source.is_file() else None
-    is_lora = any("lora_" in key or ".lora." in key or key.startswith("lycoris_") for key in weights or {})
-    target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
-    notes = ()
-    if is_lora:
-        metadata = read_metadata(source)
-        single = _with_zero_diff(_kohya(weights, metadata, source))
-    else:
-        found = _read_file(source, weights, embedded) if weights is not None else _read_folder(source, embedded)
-        progress(0.5, "Putting the parts together")
-        single = {UNET_PREFIX + key: weight for key, weight in found.unet.items()}
-        said = found.parametrisation
-        if not found.others:
-            found.others, of_base = _from_base(base, single, source)
-            said = said if said.prediction_type else of_base
-        single |= found.others
-        metadata = _metadata(found, said, target.stem, embedded)
-        # By which hosts know an XL model of this kind, and SPLAM Loader and trainer any.
-        single = {key: w for key, w in single.items() if key not in MARKS} | {key: torch.zeros(0) for key in said.keys}
-        notes = said.contradictions
-    single = {key: _cast(weight, dtype) for key, weight in single.items()}
-    if broken := not_finite(single):
-        raise ValueError(
-            f"{source}: {broken} holds NaN or infinite values at {precision}. If it does so at fp32 too the file is "
-            "damaged: fetch it again."
-        )
+    with reading(source):
+        weights = load_file(source) if source.is_file() else None
+        is_lora = any("lora_" in key or ".lora." in key or key.startswith("lycoris_") for key in weights or {})
+        target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
+        notes = ()
+        if is_lora:
+            metadata = read_metadata(source)
+            single = _with_zero_diff(_kohya(weights, metadata, source))
+        else:
+            found = _read_file(source, weights, embedded) if weights is not None else _read_folder(source, embedded)
+            progress(0.5, "Putting the parts together")
+            single = {UNET_PREFIX + key: weight for key, weight in found.unet.items()}
+            said = found.parametrisation
+            if not found.others:
+                found.others, of_base = _from_base(base, single, source)
+                said = said if said.prediction_type else of_base
+            single |= found.others
+            metadata = _metadata(found, said, target.stem, embedded)
+            # By which hosts know an XL model of this kind, and SPLAM Loader and trainer any.
+            single = {key: weight for key, weight in single.items() if key not in MARKS}
+            single |= {key: torch.zeros(0) for key in said.keys}
+            notes = said.contradictions
+        single = {key: _cast(weight, PRECISIONS[precision]) for key, weight in single.items()}
+        if broken := not_finite(single):
+            raise ValueError(
+                f"{source}: {broken} holds NaN or infinite values at {precision}. If it does so at fp32 too the file "
+                "is damaged: fetch it again."
+            )
     progress(0.7, f"Writing {target.name}")
     save_file(single, target, metadata)
     progress(1.0, "Done")

@@ -9,8 +9,11 @@ from modules import sd_models, shared
 from modules.paths import models_path
 from modules.ui_common import create_refresh_button
 
+from splam_core.checkpoint import shortened
+
 from .convert import EMBEDDED, PRECISIONS, convert
 
+MOST = 4000  # characters of an error: a file's names may be megabytes long
 NO_BASE = "None: the source has all parts"
 ABOUT = (
     "Checkpoints of SPLAM and LCM come as diffusers folders or bare UNets, often with a weight `cond_proj` for which "
@@ -59,6 +62,8 @@ def base_choices() -> list[str]:
 
 def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress()) -> str:  # noqa: B008 (gradio's way)
     """The button: converts and says what came of it, in one sentence, whatever happens to the files."""
+    if base not in (None, NO_BASE, *sd_models.checkpoints_list):
+        return f"Not converted. There is no checkpoint {shortened(str(base))!r}: refresh the list and choose one of it."
     try:
         made = convert(
             readable(source),
@@ -71,7 +76,7 @@ def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress
             overwrite=overwrite,
             progress=lambda fraction, text: progress(fraction, desc=text),
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         return in_host_names(f"Not converted. {error}")
     shared.refresh_checkpoints()
     where = "checkpoints" if made.path.parent == Path(sd_models.model_path) else "LoRAs"
@@ -84,13 +89,19 @@ def lora_folder() -> Path:
 
 
 def in_host_names(text: str) -> str:
-    """The text with the program's folders in place of their paths: whoever sees the page reads it."""
+    """The text with the program's folders in place of their paths, and no longer than a screen.
+
+    Whoever sees the page reads it.
+    """
     folders = {Path(models_path): "models", Path(sd_models.model_path): "models/Stable-diffusion"}
     folders[lora_folder()] = "models/Lora"
+    if elsewhere := getattr(shared.cmd_opts, "ckpt_dir", None):
+        folders[Path(elsewhere)] = "models/Stable-diffusion"
     known = {str(path): name for folder, name in folders.items() for path in (folder, folder.resolve())}
+    known |= {repr(path)[1:-1]: name for path, name in known.items()}  # as Python quotes names with backslashes
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, known[path])
-    return text
+    return shortened(text, MOST)
 
 
 def readable(source: str) -> Path:
@@ -104,7 +115,7 @@ def readable(source: str) -> Path:
     models = Path(models_path).resolve()
     if getattr(shared.cmd_opts, "disable_extension_access", False) and models not in path.parents:
         raise ValueError(
-            f"{path} is outside {models}, and this page can be reached from other machines: put the source there, or "
-            "start with --enable-insecure-extension-access."
+            f"{source.strip()!r} is outside the folder models, and this page can be reached from other machines: put "
+            "the source there, or start with --enable-insecure-extension-access."
         )
     return path

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from training.data import tars
 from training.data.images import EXTENSIONS, load_picture, picture_size
 from training.data.sources import Record, Skip, open_source
 from training.run.config import parse
@@ -253,3 +254,57 @@ def test_tables_of_three_kinds_caption_a_folder(tmp_path):
     assert "cannot be read" in captions(folder)["metadata.parquet"].reason
     (tmp_path / "csv" / "metadata.csv").write_text("file_name;text\n0.png;a fox\n")
     assert "found file_name;text" in captions(tmp_path / "csv")["metadata.csv:2"].reason
+
+
+@pytest.mark.parametrize("form", ["tar", "tar.gz"])
+def test_names_in_an_archive_are_names_and_lead_nowhere(tmp_path, form):
+    """Nothing is unpacked, so that a name with .. or a link to the system's files is a word like any other."""
+    (tmp_path / "secret.png").write_bytes(png())
+    members = {
+        "../../evil/0.png": png(), "../../evil/0.txt": b"first", "/etc/evil.png": png(), "/etc/evil.txt": b"second",
+        "x/2.png": "@../../secret.png", "x/2.txt": b"third", "x/3.png": f"@{tmp_path}/secret.png", "x/3.txt": b"fourth",
+    }  # fmt: skip
+    (tmp_path / "set").mkdir()
+    archive(tmp_path / "set" / f"a.{form}", members, "w:gz" if form == "tar.gz" else "w")
+    before = sorted(tmp_path.rglob("*"))
+    records = read(tmp_path / "set" / f"a.{form}")
+    assert [record.caption for record in records] == ["first", "second", "third", "fourth"]
+    for record in records[2:]:
+        with pytest.raises(OSError, match=r"a link to .*secret\.png, which the archive lacks"):
+            record.picture()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_member_that_unpacks_to_more_than_memory_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "LARGEST", 10_000)
+    archive(tmp_path / "a.tar.gz", {"0.png": bytes(10_001), "0.txt": b"a bomb", "1.png": png(), "1.txt": b"a"}, "w:gz")
+    bomb, good = read(tmp_path / "a.tar.gz")
+    with pytest.raises(OSError, match="10001 bytes, more than the 10000"):
+        bomb.picture()
+    assert good.picture().read() == png()
+
+
+def test_a_table_names_no_files_of_this_machine(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "set" / "in").mkdir(parents=True)
+    (tmp_path / "set" / "in" / "0.png").write_bytes(png())
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    paths = ["in/0.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "/dev/zero"]
+    rows = [{"image": {"bytes": None, "path": path}, "text": "a fox"} for path in paths]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "a.parquet")
+    good, *others = read(tmp_path / "set" / "a.parquet")
+    assert good.picture().read_bytes() == png()
+    assert all("is no file below the table's folder" in one.reason for one in others) and len(others) == 4
+
+
+def test_a_caption_that_is_none_is_named(tmp_path):
+    """Megabytes of text would keep a tokenizer for hours."""
+    for name, content in (("huge", b"fox " * 10**6), ("long", b"fox " * 20_000), ("binary", bytes(range(256)))):
+        picture(tmp_path / f"{name}.png").with_suffix(".txt").write_bytes(content)
+    found = captions(tmp_path)
+    assert "is 4000000 bytes long, expected a caption" in found["huge.png"].reason
+    assert "a caption of 80000 characters" in found["long.png"].reason
+    assert "is not UTF-8" in found["binary.png"].reason

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -490,6 +491,11 @@ def test_a_page_that_others_reach_reads_only_the_models_folder(web, tmp_path):
     web.shared.cmd_opts.disable_extension_access = True
     make_pipeline(tmp_path / "model")
     assert "is outside" in web.press(tmp_path / "model")
+    for typed in ("~/x", "x", "../x", "file://x"):  # as it was typed: not where the server's user is at home
+        message = web.press(typed)
+        assert "is outside" in message and typed in message
+        assert not {str(Path.home()), os.getcwd()} & set(re.findall(r"/[\w./-]+", message.replace(typed, "")))
+        assert str(Path.home()) not in message and str(web.models) not in message
     (web.models / "sneaky").symlink_to(tmp_path / "model")
     assert "is outside" in web.press(web.models / "sneaky")
     make_pipeline(web.models / "diffusers" / "model")

@@ -18,6 +18,7 @@ from .files import METADATA, files_below, metadata_rows
 from .images import EXTENSIONS, Picture
 from .tars import BROKEN, bare, expand, is_url, members, sections
 
+LONGEST = 2**16  # characters of a caption: what is longer is no caption, and a tokenizer's for minutes
 CAPTIONS = ("caption", "text", "txt", "prompt", "TEXT")
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
 
@@ -144,6 +145,8 @@ def image_folder(folder: Path, caption_column=None, image_column=None, below: li
         caption = _caption(row, caption_column)
         try:
             if caption is None and sidecar.is_file():
+                if sidecar.stat().st_size > 4 * LONGEST:
+                    raise ValueError(f"{sidecar.name} is {sidecar.stat().st_size} bytes long, expected a caption")
                 caption = read_text(sidecar)
         except ValueError as error:
             records.append(Skip(name, str(error)))
@@ -228,6 +231,8 @@ def dataset(
     if isinstance(features.get(picture), datasets.Image):
         table = table.cast_column(picture, datasets.Image(decode=False))  # decoded here, so that a bad one is skipped
 
+    below = (Path(spec) if os.path.isdir(spec) else Path(spec).parent).resolve()
+
     def record(number: int, row: dict) -> Record | Skip:
         name = str(row.get("__key__") or f"row {number}")
         told = {key: value for key, value in row.items() if key != picture}
@@ -238,6 +243,10 @@ def dataset(
             content = content.get("bytes") or content.get("path")
         if not content:
             return Skip(name, f"no picture in the column {picture}")
+        if files is not None and not isinstance(content, bytes):  # a stranger's table names no file of this machine
+            content = (below / str(content)).resolve()
+            if not content.is_relative_to(below) or not content.is_file():
+                return Skip(name, f"its picture {content.name!r} is no file below the table's folder")
         opened = (lambda: io.BytesIO(content)) if isinstance(content, bytes) else (lambda: Path(content))
         return _record(name, _caption(told, caption_column), opened, told)
 
@@ -270,6 +279,8 @@ class Lazily(Sequence):
 def _record(name: str, caption: str | None, picture: Callable[[], Picture], columns: Mapping) -> Record | Skip:
     if caption is None or not str(caption).strip():
         return Skip(name, "no caption")
+    if len(str(caption)) > LONGEST:
+        return Skip(name, f"a caption of {len(str(caption))} characters, expected {LONGEST} or fewer")
     return Record(name, " ".join(str(caption).split()), picture, columns)
 
 

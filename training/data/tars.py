@@ -18,6 +18,7 @@ from pathlib import Path
 from .files import hidden
 
 RETRIES = 5  # of a cut connection, each from the byte where it broke
+LARGEST = 2**30  # bytes of a member of a stream, which is read whole: a few megabytes may unpack to any number
 KEPT = 64 * 2**20  # bytes of a stream's last files, which a link further on may stand for
 BROKEN = (tarfile.TarError, OSError, EOFError, http.client.HTTPException)  # what reading a damaged archive raises
 
@@ -52,7 +53,9 @@ def members(url: str) -> Iterator[tuple[str, Callable[[], io.IOBase]]]:
             for member in archive:
                 if hidden(member.name):
                     continue
-                if member.isfile():
+                if member.isfile() and member.size > LARGEST:
+                    yield member.name, partial(_too_large, member.size)
+                elif member.isfile():
                     content = archive.extractfile(member).read()
                     if len(content) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
@@ -96,6 +99,10 @@ def _name(name: str) -> str:
 
 def _lost(target: str) -> io.IOBase:
     raise OSError(f"a link to {target}, which the archive lacks, or has too far away for a stream")
+
+
+def _too_large(size: int) -> io.IOBase:
+    raise OSError(f"{size} bytes, more than the {LARGEST} that a file of a stream may have")
 
 
 def _section(tar: Path, start: int, size: int) -> io.BufferedReader:
