@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 
+from training.embedded.autoencoder import SCALING_FACTOR
+from training.embedded.emoji import teacher
+from training.embedded.emoji.autoencoder import LATENT_NOISE, fix_latents, polish_loss, reconstruction_loss
+from training.embedded.emoji.judge import Targets, judge_loss, target_of
+from training.embedded.emoji.teacher import encode_scenes
+from training.embedded.emoji.text import GROUPS, WIDTH, LayoutHead, layout
+from training.pictures import to_tensor
 from training.scenes.emoji import (
     BACKGROUNDS,
     DIRECTIONS,
@@ -20,8 +29,33 @@ from training.scenes.emoji import (
     place,
     related,
 )
+from training.scenes.emoji_judge import EmojiJudge
 
 pytestmark = pytest.mark.train
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=24,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +166,161 @@ def test_combinations_are_held_out_of_training_and_nothing_but_combinations():
 def test_a_folder_that_lacks_pictures_is_named_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks 240 of the 240 pictures, such as 1f436\.webp.*npm pack"):
         Pictures(tmp_path)
+
+
+def seen_as(caption: Caption, placed) -> EmojiJudge:
+    """A judge that sees in any picture what `target_of` says of this scene."""
+    target = target_of(caption, placed)
+    maps = torch.zeros(1, 3 + len(VOCABULARY), 12, 12)
+    maps[0, 0] = torch.where(target[0] == 1, 5.0, -5.0)
+    maps[0, 1:3] = target[1:3]
+    for item in placed:
+        maps[0, 3 + VOCABULARY.index(item.thing), int(item.y / 16), int(item.x / 16)] = 1.0
+    ground = torch.zeros(1, len(BACKGROUNDS))
+    ground[0, list(BACKGROUNDS).index(caption.background or "white")] = 1.0
+    judge = EmojiJudge()
+    judge.forward = lambda images: (maps, ground, None)
+    return judge
+
+
+def test_a_picture_is_right_that_shows_its_caption_and_nothing_else():
+    caption = Caption(("a dog", "a cat"), "above", "red")
+    judge = seen_as(caption, place(caption, np.random.default_rng(0)))
+    wanted = {
+        caption: True,
+        Caption(("a dog", "a cat"), "above"): True,  # no background named: any will do
+        Caption(("a cat", "a dog"), "below", "red"): True,
+        Caption(("a cat", "a dog"), "above", "red"): False,
+        Caption(("a dog", "a cat"), "to the left of", "red"): False,
+        Caption(("a dog", "a panda"), "above", "red"): False,
+        Caption(("a dog", "a cat"), "above", "blue"): False,
+        Caption(("a dog",), None, "red"): False,
+    }
+    assert [judge.right(torch.zeros(1, 3, 192, 192), [one]).item() for one in wanted] == list(wanted.values())
+
+
+def test_the_judge_finds_things_where_they_were_placed():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        caption = draw_caption(rng, held_out=None)
+        placed = place(caption, rng)
+        found, _ = seen_as(caption, placed).detect(torch.zeros(1, 3, 192, 192))[0]
+        found = {item.thing: item for item in found}
+        assert set(found) == set(caption.things)
+        for item in placed:
+            assert abs(found[item.thing].x - item.x) < 1e-3 and abs(found[item.thing].y - item.y) < 1e-3
+
+
+def test_the_judge_learns_from_a_batch(pictures):
+    torch.manual_seed(0)
+    judge = EmojiJudge(width=8)
+    images, targets = torch.utils.data.default_collate([Targets(pictures, 5, 0, 4)[index] for index in range(4)])
+    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
+    losses = []
+    for _ in range(15):
+        loss = judge_loss(judge, images, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_layout_says_what_stands_on_each_side_and_on_which_background():
+    dog, cat = 1 + VOCABULARY.index("a dog"), 1 + VOCABULARY.index("a cat")
+    assert layout(parse_caption("a dog")) == [dog, 0, 0, 0, 0, 0]
+    above = layout(parse_caption("a dog above a cat on a black background"))
+    assert above == layout(parse_caption("a cat below a dog on a black background"))
+    assert sorted(above) == sorted([0, dog, cat, 0, 0, 2]) and above[-1] == 2
+    assert above[:-1] != layout(parse_caption("a cat above a dog"))[:-1]
+
+
+def test_the_layout_head_counts_captions_read_without_a_fault():
+    torch.manual_seed(0)
+    tokens = torch.full((2, 77), 49407)
+    tokens[:, :9] = 5
+    target = torch.tensor([layout(parse_caption("a dog")), layout(parse_caption("a cat above a dog"))])
+    head = LayoutHead()
+    hidden = torch.randn(2, 77, WIDTH)
+    _, right = head(hidden, tokens, target)
+    assert right == 0
+    with torch.no_grad():  # a head that says of either caption what a token's first number tells
+        head.linear.weight.zero_()
+        head.linear.bias.zero_()
+        first = 0
+        for index, size in enumerate(GROUPS):
+            head.linear.weight[first + target[0, index], 0] += 1
+            head.linear.weight[first + target[1, index], 0] -= 1
+            if target[0, index] == target[1, index]:
+                head.linear.bias[first + target[0, index]] = 1
+            first += size
+        hidden[0, :, 0], hidden[1, :, 0] = 1, -1
+        _, right = head(hidden, tokens, target)
+        assert right == 1
+        hidden[1, 76, 0] = 1
+        assert 0.9 < head(hidden, tokens, target)[1] < 1
+
+
+def test_fixing_latents_gives_them_unit_scale_and_leaves_reconstructions(pictures):
+    torch.manual_seed(0)
+    vae = tiny_vae()
+    images = torch.stack([to_tensor(pictures.scene(0, index)[0]) for index in range(4)])
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        fix_latents(vae, images)
+        posterior = vae.encode(images).latent_dist
+        assert torch.allclose(vae.decode(posterior.mean).sample, before, atol=1e-3)
+    latents = posterior.mean * SCALING_FACTOR
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert torch.allclose(posterior.std * SCALING_FACTOR, torch.tensor(LATENT_NOISE))
+
+
+def test_polishing_leaves_the_encoder_without_gradients(pictures):
+    torch.manual_seed(0)
+    vae = tiny_vae()
+    images = torch.stack([to_tensor(pictures.scene(0, index)[0]) for index in range(2)])[..., :64, :64]
+    polish_loss(vae, images, torch.tensor(0.0)).backward()
+    assert vae.encoder.conv_in.weight.grad is None and vae.decoder.conv_out.weight.grad.abs().sum() > 0
+    reconstruction_loss(vae, images, torch.tensor(0.0)).backward()
+    assert vae.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_scenes_are_encoded_once_and_shards_of_another_encoder_refused(pictures, tmp_path):
+    torch.manual_seed(0)
+    vae = tiny_vae()
+    latents, captions = encode_scenes(vae, pictures, 3, 1, tmp_path, size=3)
+    assert latents.shape == (3, 4, 24, 24) and latents.dtype == torch.float16
+    assert captions == [str(pictures.scene(3, index)[1]) for index in range(3)]
+    changed = (tmp_path / "3-0000.pt").stat().st_mtime_ns
+    more, texts = encode_scenes(vae, pictures, 3, 2, tmp_path, size=3)
+    assert (tmp_path / "3-0000.pt").stat().st_mtime_ns == changed
+    assert torch.equal(more[:3], latents) and texts[:3] == captions and len(texts) == 6
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.add_(1)  # polished
+    encode_scenes(vae, pictures, 3, 1, tmp_path, size=3)
+    with torch.no_grad():
+        vae.encoder.conv_out.weight.add_(1)
+    with pytest.raises(ValueError, match=r"was encoded by another autoencoder than RUN_DIR/vae; remove .* to encode"):
+        encode_scenes(vae, pictures, 3, 1, tmp_path, size=3)
+
+
+def test_the_teachers_command_trains_resumes_and_draws(pictures, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(teacher, "build_unet", tiny_unet)
+    monkeypatch.setattr(teacher, "SHARD", 4)
+    monkeypatch.setattr(teacher, "SHOWN", 6)
+    monkeypatch.setattr(teacher, "SHOWN_STEPS", 2)
+    command = ["teacher", "--pictures", str(pictures.folder), "--run-dir", str(tmp_path), "--shards", "2"]
+    command += ["--text-steps", "1", "--batch-size", "4"]
+    for steps in ("1", "2"):
+        monkeypatch.setattr("sys.argv", [*command, "--steps", steps])
+        teacher.main()
+    assert "resumed" in capsys.readouterr().out
+    assert torch.load(tmp_path / "teacher.pt", weights_only=True)["step"] == 2
+    captions = (tmp_path / "sheet-000002.txt").read_text().splitlines()
+    assert len(captions) == 6 and all(parse_caption(caption) for caption in captions)
+    assert (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    monkeypatch.setattr("sys.argv", [*command, "--sheet", str(tmp_path / "now.png")])
+    teacher.main()
+    assert Image.open(tmp_path / "now.png").width > 6 * IMAGE_SIZE

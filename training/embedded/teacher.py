@@ -110,6 +110,14 @@ def loss_weight(ratio: torch.Tensor) -> torch.Tensor:
     return (MIN_SNR_GAMMA * ratio**2).clamp(max=1) * ratio.clamp(min=1).pow(1.5).clamp(max=20)
 
 
+def drawn_levels(schedule: NoiseSchedule, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps [count], three quarters of them in the noisy half, and their losses' weights [count, 1, 1, 1]."""
+    last = schedule.num_train_timesteps
+    lowest = torch.where(torch.rand(count) < 0.5, last // 2, 0)
+    t = lowest + (torch.rand(count) * (last - lowest)).long()
+    return t, loss_weight(schedule.sigma(t) / schedule.alpha(t))[:, None, None, None]
+
+
 def denoising_loss(
     modules: torch.nn.ModuleDict,
     x_t: torch.Tensor,
@@ -166,14 +174,10 @@ def main() -> None:
     def loss_at(_: int, chosen: torch.Tensor) -> torch.Tensor:
         x_0 = latents[chosen].float()
         text = torch.where(torch.rand(len(chosen)) < CAPTION_DROP, len(latents), chosen)  # the last is the empty one
-        last = schedule.num_train_timesteps
-        lowest = torch.where(torch.rand(len(chosen)) < 0.5, last // 2, 0)  # the noisy half gets three quarters
-        t = lowest + (torch.rand(len(chosen)) * (last - lowest)).long()
+        t, weight = drawn_levels(schedule, len(chosen))
         alpha, sigma = (level(t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
-        noise, ratio = torch.randn_like(x_0), sigma / alpha
-        return denoising_loss(
-            modules, alpha * x_0 + sigma * noise, noise, t, loss_weight(ratio), tokens[text], targets[text]
-        )
+        noise = torch.randn_like(x_0)
+        return denoising_loss(modules, alpha * x_0 + sigma * noise, noise, t, weight, tokens[text], targets[text])
 
     checkpoint = args.run_dir / "teacher.pt"
     shown = [str(scene(args.seed + 1, index)[1]) for index in range(36)]

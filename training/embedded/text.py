@@ -32,13 +32,13 @@ OPPOSITE = {
 NAMES = (list(SIZES), list(COLOURS), list(SHAPES))
 
 
-def build_text_encoder() -> CLIPTextModel:
+def build_text_encoder(width: int = WIDTH) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            projection_dim=WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=77,
