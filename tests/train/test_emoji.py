@@ -8,7 +8,14 @@ from PIL import Image, ImageDraw
 
 from training.embedded.autoencoder import SCALING_FACTOR
 from training.embedded.emoji import teacher
-from training.embedded.emoji.autoencoder import LATENT_NOISE, fix_latents, polish_loss, reconstruction_loss
+from training.embedded.emoji.autoencoder import (
+    LATENT_NOISE,
+    fix_latents,
+    likeness,
+    opponent_colours,
+    polish_loss,
+    reconstruction_loss,
+)
 from training.embedded.emoji.judge import Targets, judge_loss, target_of
 from training.embedded.emoji.teacher import encode_scenes
 from training.embedded.emoji.text import GROUPS, WIDTH, LayoutHead, layout
@@ -324,3 +331,18 @@ def test_the_teachers_command_trains_resumes_and_draws(pictures, tmp_path, monke
     monkeypatch.setattr("sys.argv", [*command, "--sheet", str(tmp_path / "now.png")])
     teacher.main()
     assert Image.open(tmp_path / "now.png").width > 6 * IMAGE_SIZE
+
+
+def test_likeness_is_nought_for_channels_that_tell_different_things():
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 1, 64, 64), torch.randn(2, 1, 64, 64)
+    assert likeness(torch.cat([one, 3 * one + 1], 1)).item() == pytest.approx(0.5, abs=1e-4)
+    assert likeness(torch.cat([one, other], 1)).item() < 1e-3
+
+
+def test_opponent_colours_of_scenes_are_of_about_unit_scale_and_differ(pictures):
+    colours = opponent_colours(torch.stack([to_tensor(pictures.scene(0, index)[0]) for index in range(48)]))
+    assert colours.shape == (48, 3, 24, 24)
+    assert colours.std((0, 2, 3)).min() > 0.3 and colours.std((0, 2, 3)).max() < 3
+    assert likeness(colours) < 0.3
+    assert opponent_colours(torch.full((1, 3, 8, 8), 0.4)).flatten().tolist() == pytest.approx([1, 0, 0])
