@@ -8,6 +8,7 @@ from .few_step import register
 from .loader import SPLAMLoader
 from .lora import SPLAMLoraLoader
 from .model_patch import SPLAMModelPatch
+from .negative_prompt import SPLAMNegativePrompt
 from .sampler import SPLAMSampler
 
 
@@ -19,6 +20,7 @@ class SPLAMExtension(ComfyExtension):
             SPLAMLoader,
             SPLAMLoraLoader,
             SPLAMModelPatch,
+            SPLAMNegativePrompt,
             SPLAMSampler,
             SPLAMSamplerSelect,
             SPLAMScheduler,

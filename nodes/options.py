@@ -32,3 +32,18 @@ def refinements_input() -> io.Int.Input:
             "gamma_conditioning; one more step gains more."
         ),
     )
+
+
+def nag_scale_input(default: float, optional: bool = False) -> io.Float.Input:
+    return io.Float.Input(
+        "nag_scale",
+        default=default,
+        min=1.0,
+        max=20.0,
+        step=0.1,
+        optional=optional,
+        tooltip=(
+            "How far the picture is led away from the negative prompt, in the attention and at one evaluation a step "
+            "(normalised attention guidance). 1 is off; 3 to 8 is usual."
+        ),
+    )

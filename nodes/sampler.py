@@ -7,8 +7,10 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
+from ..splam_core.nag import Nag
 from .few_step import check_latent, check_steps, sample_splam, splam_sigmas
-from .options import denoise_input, refinements_input, steps_input
+from .nag import patch_negative
+from .options import denoise_input, nag_scale_input, refinements_input, steps_input
 from .parametrisation import as_consistency_model
 
 
@@ -49,8 +51,8 @@ class SPLAMSampler(io.ComfyNode):
                     "negative",
                     optional=True,
                     tooltip=(
-                        "What the picture should not show. At guidance 1 only patches that ask for it read it, such as "
-                        "Self-Attention Guidance."
+                        "What the picture should not show. Read where nag_scale or guidance is above 1, and by patches "
+                        "that ask for it, such as Self-Attention Guidance."
                     ),
                 ),
                 io.Float.Input(
@@ -66,31 +68,51 @@ class SPLAMSampler(io.ComfyNode):
                     ),
                 ),
                 refinements_input(),
+                nag_scale_input(1.0, optional=True),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latents.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed, steps, denoise, negative=None, guidance=1.0, refinements=0):
+    def execute(
+        cls,
+        model,
+        positive,
+        latent_image,
+        seed,
+        steps,
+        denoise,
+        negative=None,
+        guidance=1.0,
+        refinements=0,
+        nag_scale=1.0,
+    ):
         check_steps("SPLAM Sampler", steps, denoise)
-        if guidance > 1 and negative is None:
-            raise ValueError(
-                f"SPLAM Sampler: guidance {guidance:g} needs a negative conditioning, and none is connected. Connect "
-                "one (an empty prompt will do), or set guidance to 1."
-            )
+        for name, value in (("guidance", guidance), ("nag_scale", nag_scale)):
+            if value > 1 and negative is None:
+                raise ValueError(
+                    f"SPLAM Sampler: {name} {value:g} needs a negative conditioning, and none is connected. Connect "
+                    f"one (an empty prompt will do), or set {name} to 1."
+                )
         if negative is None and model.model_options.get("disable_cfg1_optimization"):
             raise ValueError(
                 "SPLAM Sampler: a patch of this MODEL (Self-Attention Guidance, NAGuidance or the like) reads the "
                 "negative conditioning also at guidance 1, and none is connected. Connect one (an empty prompt will "
                 "do)."
             )
+        # Where attention guidance alone reads the negative, the host is not told of it: an area of it would make the
+        # host evaluate the positive in that area too.
+        evaluated = guidance > 1 or nag_scale <= 1 or model.model_options.get("disable_cfg1_optimization")
         model = as_consistency_model(model)
+        model = patch_negative(model, negative, Nag(nag_scale), "SPLAM Sampler")
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         check_latent("SPLAM Sampler", samples, model.get_model_object("latent_format").latent_channels)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         # At guidance 1 the host evaluates a negative only where a patch of the MODEL asks for it.
         guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
+        guider.inner_set_conds(
+            {"positive": positive} | ({"negative": negative} if negative is not None and evaluated else {})
+        )
         guider.set_cfg(guidance)
         result = guider.sample(
             noise,

@@ -1,6 +1,7 @@
 """Nodes of the tests' ComfyUI alone: what other packs do to a MODEL or a CONDITIONING, and what can go wrong."""
 
 import comfy.controlnet
+import comfy.ldm.modules.attention
 import torch
 
 
@@ -19,6 +20,24 @@ class TestAttentionPatch:
 
         model = model.clone()
         model.set_model_attn2_patch(more_tokens)
+        return (model,)
+
+
+class TestAttentionReplace:
+    """As IPAdapter's newer ways: another function in the place of the middle block's cross-attention."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "strength": ("FLOAT", {"default": 1.0})}}
+
+    def run(self, model, strength):
+        def scaled(q, k, v, extra_options):
+            return strength * comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"])
+
+        model = model.clone()
+        model.set_model_attn2_replace(scaled, "middle", 0)
         return (model,)
 
 
@@ -96,6 +115,7 @@ class TestConditioning:
 
 NODE_CLASS_MAPPINGS = {
     "TestAttentionPatch": TestAttentionPatch,
+    "TestAttentionReplace": TestAttentionReplace,
     "TestControlNet": TestControlNet,
     "TestWrapper": TestWrapper,
     "TestConditioning": TestConditioning,
