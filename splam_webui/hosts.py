@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from
 SKIP_UNCONDITIONAL_INFOTEXT = "Skip Early CFG"
 MODIFIERS = "conditioning_modifiers"  # of Forge and reForge: functions on the conditions of every evaluation
 INFOTEXT = "SPLAM guidance"
+NAG_INFOTEXT = "SPLAM NAG scale"
 FORCED, AS_SET = "1", "as set"
 
 
@@ -64,9 +65,44 @@ def predicts_noise() -> bool:
     return x0.item() == -1  # at sigma 1: noise gives x - output, v (x - sqrt(2) output) / 2
 
 
+def has_patcher() -> bool:
+    """Whether the host is Forge or reForge, which change a UNet by a patcher's options, as ComfyUI does."""
+    return hasattr(shared.sd_model, "forge_objects")
+
+
 def one_weight_for_all() -> bool:
     """Whether the host gives every picture of a batch the weights that AND has in the last one's prompt."""
-    return hasattr(shared.sd_model, "forge_objects")
+    return has_patcher()
+
+
+def attention_function() -> Callable:
+    """Forge's or reForge's attention(q, k, v, heads), in the implementation that it chose for this machine."""
+    try:
+        from backend.attention import attention_function as attention
+    except ImportError:
+        from ldm_patched.ldm.modules.attention import optimized_attention as attention
+    return attention
+
+
+@contextmanager
+def attention_replaced(replacement: Callable[[Any, Callable | None], Callable]) -> Iterator[None]:
+    """While sampling in Forge or reForge: replacement(attn2, the one that is there or None) for every cross-attention,
+    in the unet patcher's options."""
+    unet = shared.sd_model.forge_objects.unet
+    options, network = unet.model_options, unet.model.diffusion_model
+    transformer = options.get("transformer_options", {})
+    there = transformer.get("patches_replace", {}).get("attn2", {})
+    ours = {}
+    middle = [network.middle_block]
+    for part, blocks in (("input", network.input_blocks), ("middle", middle), ("output", network.output_blocks)):
+        for number, block in enumerate(blocks):
+            for layer in block:
+                for index, inner in enumerate(getattr(layer, "transformer_blocks", [])):
+                    key = (part, number, index)
+                    ours[key] = replacement(inner.attn2, there.get(key, there.get(key[:2])))
+    replaces = {**transformer.get("patches_replace", {}), "attn2": {**there, **ours}}
+    with _replaced(options, "transformer_options", {**transformer, "patches_replace": replaces}):
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from modules import sd_samplers_common, sd_samplers_kdiffusion, shared
 from torch import Tensor
 
 from splam_core import NoiseSchedule, boundary_scalings, broadcast_to, few_step_timesteps, sample
+from splam_core.nag import Nag
 
 from . import hosts
+from .nag import Negative, guided
 
 NAME = "SPLAM"
 MOST_STEPS = 8  # more are allowed, with a hint
@@ -121,7 +123,8 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         """The context in which to sample, with the unconditional conditioning to take: guidance 1, unless the request
         was told to keep its own; noted either way.
 
-        At guidance 1 the negative prompt is evaluated only where prompts joined by AND need it: if their weights do
+        At guidance 1 the negative prompt is read by normalised attention guidance, if the request was told so, and
+        evaluated only where prompts joined by AND need it: if their weights do
         not add up to 1, it does not cancel in u + sum of w (c - u).
         """
         keep = getattr(p, "splam_keeps_guidance", False)
@@ -133,9 +136,14 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
             yield negative
             return
         composed = any(abs(sum(picture) - 1) > 1e-6 for picture in weights)
-        if composed and negative is None:
+        nag = getattr(p, "splam_nag", None) or Nag(1.0)
+        if (composed or not nag.is_off) and negative is None:
             negative = hosts.encode_negative(p)
-        with hosts.guidance_one(p, composed):
+        with ExitStack() as stack:
+            stack.enter_context(hosts.guidance_one(p, composed))
+            if not nag.is_off:
+                p.extra_generation_params[hosts.NAG_INFOTEXT] = f"{nag.scale:g}"
+                stack.enter_context(guided(nag, Negative(negative, lambda: self.model_wrap_cfg.step)))
             yield negative
 
 

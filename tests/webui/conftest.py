@@ -13,7 +13,7 @@ from .reference import ROOT, embedding, tiny_network
 HOST = Path(__file__).parent / "host"
 SCRIPT = ROOT / "scripts" / "splam.py"
 HOSTS = ("a1111", "forge", "reforge")
-OURS = ("modules", "gradio", "splam_webui")
+OURS = ("modules", "gradio", "splam_webui", "backend", "ldm_patched")
 
 
 @pytest.fixture(params=HOSTS)

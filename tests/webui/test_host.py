@@ -109,14 +109,16 @@ def paste(host, info):
     """What the page does with the parameters of a picture: components and their new values, None for no change."""
     values = dict(pair.split(": ", 1) for pair in info.split(", "))
     script = host.runner.alwayson[0]
-    return [field(values) for _, field in script.infotext_fields]
+    return [values.get(field) if isinstance(field, str) else field(values) for _, field in script.infotext_fields]
 
 
 def test_pasting_parameters_restores_how_guidance_was(host):
     forced = host.run(host.request(steps=1))[1]
     kept = host.run(host.request(steps=1, script_args=[False]))[1]
     other = host.run(host.request(steps=1, sampler_name="Euler"))[1]
-    assert [paste(host, info) for info in (forced, kept, other)] == [[True], [False], [None]]
+    guided = f"{forced}, SPLAM NAG scale: 3.5"
+    pasted = [paste(host, info) for info in (forced, kept, other, guided)]
+    assert pasted == [[True, False, None], [False, False, None], [None, None, None], [True, True, "3.5"]]
     assert "Sampler: SPLAM, CFG scale: 1" in forced
 
 
@@ -139,7 +141,7 @@ def test_the_hosts_own_package_is_imported_only_where_hosts_load_us():
 
 
 def test_splam_webui_imports_only_the_core_and_the_host():
-    allowed = {"splam_core", "modules", "gradio", "torch"} | set(sys.stdlib_module_names)
+    allowed = {"splam_core", "modules", "gradio", "torch", "backend", "ldm_patched"} | set(sys.stdlib_module_names)
     for file in (ROOT / "splam_webui").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -22,4 +22,4 @@ class Progress:
 
 
 clicks, reports = [], []
-Accordion = Blocks = Button = Checkbox = Dropdown = Markdown = Radio = Row = Textbox = Component
+Accordion = Blocks = Button = Checkbox = Dropdown = Markdown = Radio = Row = Slider = Textbox = Component
