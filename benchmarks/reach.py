@@ -1,0 +1,187 @@
+"""Negative prompts at guidance 1 on the embedded student: what they take away, and what they cost.
+
+    python dev.py python -m benchmarks.reach --json docs/results/reach.json
+
+Each prompt leaves the colour open ("a large star"). A picture is drawn without a negative prompt; the embedded judge
+names its colour; the same seed is drawn again with "a large red star", in that colour, as the negative prompt. Right
+are one object of the prompt's size and shape; and, with a negative prompt that has nothing to do with it, all of "a
+large red star".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from splam_core.nag import Nag, normalized_attention
+from training.models.load import load_pipeline
+from training.models.sampling import generate
+from training.models.teachers import ASSETS
+from training.scenes.judge import load_judge, shows
+from training.scenes.shapes import SHAPES, Caption, Placed, Thing
+
+from .parity import SHAPES as UNETS
+
+STEPS, SIZE = 4, "large"
+SETTINGS = [Nag(3.0), Nag(5.0), Nag(8.0), Nag(5.0, alpha=1.0)]
+DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
+
+
+class Attention:
+    """diffusers' attention processor with normalised attention guidance. negative: [B or 1, tokens, C], None is off."""
+
+    def __init__(self) -> None:
+        self.negative: torch.Tensor | None = None
+        self.nag = DEFAULT
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        def attend(context):
+            q, k, v = (
+                part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for part in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+            )
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        z = attend(encoder_hidden_states)
+        if self.negative is not None:
+            z = normalized_attention(z, attend(self.negative.expand(len(z), -1, -1)), self.nag)
+        return attn.to_out[0](z)
+
+
+def with_attention(unet: UNet2DConditionModel) -> Attention:
+    """The processor of all cross-attention of this UNet."""
+    attention = Attention()
+    unet.set_attn_processor({key: attention if ".attn2." in key else own for key, own in unet.attn_processors.items()})
+    return attention
+
+
+@torch.no_grad()
+def negation(seeds: int, report: Callable[[str], None] = print) -> dict:
+    """Shares over the eight shapes and `seeds` pictures of each."""
+    pipeline, judge = load_pipeline("embedded-student", torch.device("cpu")), load_judge(ASSETS / "judge.safetensors")
+    attention = with_attention(pipeline.unet)
+
+    def draw(prompts: list[str]) -> list[list[Placed]]:
+        latents = generate(pipeline, prompts, list(range(len(prompts))), "splam", STEPS, 1.0, len(prompts))
+        return judge.detect(pipeline.decode(latents).clamp(-1, 1).float())
+
+    def embed(prompts: list[str]) -> torch.Tensor:
+        return pipeline.encode(prompts)["encoder_hidden_states"]
+
+    kept: dict[Nag | None, list[tuple[bool, bool, bool]]] = {setting: [] for setting in (None, *SETTINGS)}
+    # A prompt that says all three attributes, and a negative one that has none of them.
+    stated = {shape: Thing(SIZE, "red", shape) for shape in SHAPES}
+    unrelated = {shape: Thing("small", "green", "moon" if shape == "cross" else "cross") for shape in SHAPES}
+    for shape in SHAPES:
+        prompts = [f"a {SIZE} {shape}"] * seeds
+        caption = Caption((stated[shape],))
+        attention.negative = None
+        plain = draw(prompts)
+        colours = [found[0].thing.colour if len(found) == 1 else None for found in plain]
+        for setting in kept:
+            pictures, attention.negative = plain, None
+            if setting is not None:
+                attention.nag = setting
+                attention.negative = embed([str(Thing(SIZE, colour or "red", shape)) for colour in colours])
+                pictures = draw(prompts)
+                attention.negative = embed([str(unrelated[shape])])
+            whole = draw([str(caption)] * seeds)
+            for colour, found, other in zip(colours, pictures, whole, strict=True):
+                if colour is not None:
+                    has = any(placed.thing.colour == colour for placed in found)
+                    right = len(found) == 1 and (found[0].thing.size, found[0].thing.shape) == (SIZE, shape)
+                    kept[setting].append((has, right, shows(other, caption)))
+        report(f"{shape}: {len(kept[None])} pictures")
+
+    def shares(setting: Nag | None) -> dict:
+        negated, right, whole = (sum(column) / len(column) for column in zip(*kept[setting], strict=True))
+        return {"negated_share": negated, "accuracy": right, "accuracy_unrelated_negative": whole}
+
+    without, found = shares(None), shares(DEFAULT)
+    return {
+        "negated_share_without": without["negated_share"],
+        "negated_share_with": found["negated_share"],
+        "accuracy_without": without["accuracy"],
+        "accuracy_with": found["accuracy"],
+        "accuracy_cost": without["accuracy"] - found["accuracy"],
+        "accuracy_cost_unrelated_negative": without["accuracy_unrelated_negative"]
+        - found["accuracy_unrelated_negative"],
+        "negation_pictures": len(kept[None]),
+        "negation_by_setting": [
+            {"scale": nag.scale, "tau": nag.tau, "alpha": nag.alpha, **shares(nag)} for nag in SETTINGS
+        ],
+    }
+
+
+@torch.no_grad()
+def formula_error() -> float:
+    """Largest error against the paper's formula in float64 over its deviation, on SD1.5's and SDXL's shapes."""
+    worst = 0.0
+    for tokens, channels in ((4096, 320), (1024, 640), (256, 1280), (64, 1280), (4096, 640)):
+        generator = torch.Generator().manual_seed(tokens)
+        positive, negative = (torch.randn((1, tokens, channels), generator=generator) for _ in range(2))
+        negative[:, ::2] = 0.9 * positive[:, ::2] + 0.1 * negative[:, ::2]
+        z, other, nag = positive.double(), negative.double(), DEFAULT
+        guided = z * nag.scale - other * (nag.scale - 1)
+        ratio = guided.abs().sum(-1, keepdim=True) / z.abs().sum(-1, keepdim=True)
+        expected = guided / ratio * ratio.clamp(max=nag.tau) * nag.alpha + z * (1 - nag.alpha)
+        error = (normalized_attention(positive, negative, nag) - expected).abs().max() / expected.std()
+        worst = max(worst, error.item())
+    return worst
+
+
+@torch.no_grad()
+def cost(repeats: int) -> dict:
+    """One evaluation with over one without: the embedded student's seconds, and operations of the true SD1.5 at 512 px.
+
+    The pairs are timed in turn, so that what else runs on the machine meets both.
+    """
+    pipeline = load_pipeline("embedded-student", torch.device("cpu"))
+    prompts = pipeline.encode(["a large star", "a large red star"])["encoder_hidden_states"]
+
+    def call(unet, attention, negative, positive, x):
+        attention.negative = negative
+        unet(x, torch.tensor([499], device=x.device), positive)
+
+    unet, attention = pipeline.unet, with_attention(pipeline.unet)
+    x, ratios = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)), []
+    for _ in range(repeats + 1):
+        seconds = []
+        for negative in (None, prompts[1:]):
+            since = time.perf_counter()
+            call(unet, attention, negative, prompts[:1], x)
+            seconds.append(time.perf_counter() - since)
+        ratios.append(seconds[1] / seconds[0])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS["sd15-true-size"].unet).eval()
+        attention, operations = with_attention(unet), []
+        x, positive = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+        for negative in (None, positive):
+            with FlopCounterMode(display=False) as counter:
+                call(unet, attention, negative, positive, x)
+            operations.append(counter.get_total_flops())
+    return {"nag_cost_ratio": median(ratios[1:]), "nag_cost_ratio_sd15_operations": operations[1] / operations[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
+    parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight shapes")
+    options = parser.parse_args()
+    numbers = {"nag_formula_error": formula_error(), **cost(repeats=40), **negation(options.seeds)}
+    there = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(there | numbers, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(numbers, indent=1))
+
+
+if __name__ == "__main__":
+    main()
