@@ -6,7 +6,6 @@ ComfyUI does not read it. Extensions are imported with their folder on sys.path,
 import gradio as gr
 from modules import script_callbacks, scripts
 
-from splam_core.nag import Nag
 from splam_webui import hosts, sampler, tab
 
 sampler.register()
@@ -49,7 +48,7 @@ class SplamScript(scripts.Script):
         # A cell of the X/Y/Z plot shares this dictionary with the cell before, which may have been of SPLAM.
         for note in (hosts.INFOTEXT, hosts.NAG_INFOTEXT):
             p.extra_generation_params.pop(note, None)
-        p.splam_nag = Nag(scale) if negative else None
+        p.splam_nag_scale = scale if negative else 1.0
         p.splam_keeps_guidance = not forced
         if forced:
             hosts.request_guidance_one(p, sampler.NAME)

@@ -136,7 +136,7 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
             yield negative
             return
         composed = any(abs(sum(picture) - 1) > 1e-6 for picture in weights)
-        nag = getattr(p, "splam_nag", None) or Nag(1.0)
+        nag = Nag(getattr(p, "splam_nag_scale", 1.0))
         if (composed or not nag.is_off) and negative is None:
             negative = hosts.encode_negative(p)
         with ExitStack() as stack:
