@@ -39,12 +39,13 @@ class Location:
 def find_models() -> dict[str, Location]:
     """Name -> location: the embedded pipeline, the published releases, then the host's `diffusers`,
     `diffusion_models` and `checkpoints` folders."""
-    found = {}
+    found: dict[str, Location] = {}
     if (EMBEDDED / "student" / "config.json").is_file():
         found["embedded-student"] = Location(EMBEDDED, EMBEDDED / "student", True)
     if (EMBEDDED / "unet" / "config.json").is_file():
         found["embedded-teacher"] = Location(EMBEDDED)
-    releases, folders = {}, {}
+    releases: dict[str, Location] = {}
+    folders: dict[str, Location] = {}
     for base in map(Path, folder_paths.get_folder_paths("diffusers")):
         for path in _diffusers_models(base):
             name = path.relative_to(base).as_posix()

@@ -10,7 +10,6 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -20,6 +19,7 @@ import torch
 from ..splam_core.checkpoint import (
     UNET_PREFIX,
     VAE_PREFIX,
+    StateDict,
     diffusers_to_ldm,
     fold_gamma,
     is_safetensors,
@@ -31,8 +31,10 @@ from ..splam_core.checkpoint import (
 from ..splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
 from .catalogue import Location, read_json
 from .gamma import ATTACHMENT, GammaWeights
+from .host import Clip, Model, Vae
 from .parametrisation import declare, patch, prediction_type_of, schedule_of
 from .parts import build_clip, build_unet, build_vae, check_keys, host_knows
+from .widths import Config
 
 # A file may bring its parts' diffusers configurations, as JSON texts in its metadata under "splam.<part>".
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
@@ -47,12 +49,12 @@ class Checkpoint:
     """Weights under LDM names without their prefixes, and what is known of the parts. None: there is no such part."""
 
     path: Path  # of the UNet's file, for messages
-    unet: dict
-    vae: dict | None = None
-    text_encoders: list[dict] | None = None
-    whole_file: dict | None = None  # a single file as the host reads it
-    configs: dict = field(default_factory=dict)  # part -> diffusers' configuration of it
-    metadata: dict = field(default_factory=dict)
+    unet: StateDict
+    vae: StateDict | None = None
+    text_encoders: list[StateDict] | None = None
+    whole_file: StateDict | None = None  # a single file as the host reads it
+    configs: dict[str, Config] = field(default_factory=dict)  # part -> diffusers' configuration of it
+    metadata: dict[str, str] = field(default_factory=dict)
     parametrisation: Parametrisation = field(default_factory=Parametrisation)
     gamma: GammaWeights | None = None
     is_few_step: bool = False
@@ -62,9 +64,9 @@ class Checkpoint:
 class Loaded:
     """What the loader gives out, and sentences that the user should read."""
 
-    model: Any
-    clip: Any
-    vae: Any
+    model: Model
+    clip: Clip | None
+    vae: Vae | None
     warnings: list[str]
 
 
@@ -165,7 +167,9 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
     return checkpoint
 
 
-def fold(weights: dict, metadata: dict, embedded_guidance: float) -> tuple[dict, tuple[bool, GammaWeights | None]]:
+def fold(
+    weights: StateDict, metadata: dict[str, str], embedded_guidance: float
+) -> tuple[StateDict, tuple[bool, GammaWeights | None]]:
     """`fold_gamma`, its sum kept in float32 even where the file has less: the host casts it if it must.
 
     Also whether there was a projection, and its weights where they embed gamma.
@@ -185,7 +189,7 @@ def fold(weights: dict, metadata: dict, embedded_guidance: float) -> tuple[dict,
     return folded, (True, kept)
 
 
-def build(checkpoint: Checkpoint):
+def build(checkpoint: Checkpoint) -> tuple[Model, Clip | None, Vae | None]:
     """(MODEL, CLIP or None, VAE or None)."""
     whole = checkpoint.whole_file
     bias = checkpoint.unet.get("time_embed.0.bias")
@@ -212,7 +216,7 @@ def build(checkpoint: Checkpoint):
     return model, clip, vae
 
 
-def with_schedule(model, checkpoint: Checkpoint):
+def with_schedule(model: Model, checkpoint: Checkpoint) -> Model:
     """The MODEL on the schedule that the checkpoint names, or else on SD's with what the host takes it to predict."""
     said, sampling = checkpoint.parametrisation, model.get_model_object("model_sampling")
     schedule = said.schedule if said.schedule is not None else schedule_of(sampling)
@@ -265,11 +269,11 @@ def _configs(metadata: dict) -> dict:
     return found
 
 
-def _names_few_step(configs: dict, metadata: dict) -> bool:
+def _names_few_step(configs: dict[str, Config], metadata: dict[str, str]) -> bool:
     return configs.get("scheduler", {}).get("_class_name") == "LCMScheduler" or "splam.method" in metadata
 
 
-def _warnings(checkpoint: Checkpoint, clip, vae) -> list[str]:
+def _warnings(checkpoint: Checkpoint, clip: Clip | None, vae: Vae | None) -> list[str]:
     """What the user should know of a model that has loaded."""
     name = checkpoint.path.name
     warnings = [f"SPLAM Loader: {name}: {sentence}" for sentence in checkpoint.parametrisation.contradictions]
@@ -301,7 +305,7 @@ def _warnings(checkpoint: Checkpoint, clip, vae) -> list[str]:
     return warnings
 
 
-def _text_encoders(weights: dict) -> list[dict] | None:
+def _text_encoders(weights: StateDict) -> list[StateDict] | None:
     """A single file's text encoders under transformers' names; None where it has none."""
     first = _under(weights, "cond_stage_model.transformer.") or _under(weights, "conditioner.embedders.0.transformer.")
     encoders = [first] if first else []
@@ -312,7 +316,7 @@ def _text_encoders(weights: dict) -> list[dict] | None:
     return encoders or None
 
 
-def _what_it_is(weights: dict) -> str:
+def _what_it_is(weights: StateDict) -> str:
     """A guess at what a file without a UNet holds, for a message."""
     keys = " ".join(list(weights)[:2000])
     for mark, what in (
@@ -330,5 +334,5 @@ def _what_it_is(weights: dict) -> str:
     return f"keys like {', '.join(sorted(weights)[:3]) or 'none'}"
 
 
-def _under(state_dict: dict, prefix: str) -> dict:
+def _under(state_dict: StateDict, prefix: str) -> StateDict:
     return {key.removeprefix(prefix): weight for key, weight in state_dict.items() if key.startswith(prefix)}

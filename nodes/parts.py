@@ -4,7 +4,8 @@ What the host recognises it loads itself; the rest, which it refuses, differs fr
 with (widths.py).
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
@@ -18,20 +19,22 @@ import comfy.utils
 import folder_paths
 import torch
 
-from .widths import autoencoder_options, text_encoder_options, unet_options
+from ..splam_core.checkpoint import StateDict
+from .host import Clip, ClipTarget, Model, ModelConfig, Vae
+from .widths import Config, autoencoder_options, text_encoder_options, unet_options
 
 # (first key's width of each text encoder) that the host builds by itself: SD1.x, SD2.x, SDXL.
 HOST_TEXT_WIDTHS = ([768], [1024], [768, 1280], [1280, 768])
 WIDTH_KEY = "text_model.embeddings.token_embedding.weight"
 
 
-def host_knows(unet: dict) -> bool:
+def host_knows(unet: StateDict) -> bool:
     """Whether the host has a model of these LDM weights' shapes; its own question would log an error for a no."""
     found = comfy.model_detection.detect_unet_config(unet, "")
     return found is not None and any(family.matches(found, unet) for family in comfy.supported_models.models)
 
 
-def build_unet(weights: dict, configs: dict):
+def build_unet(weights: StateDict, configs: Mapping[str, Config]) -> Model:
     """A UNet under LDM names as a MODEL on the host's default schedule. Raises ValueError where it does not fit."""
     if host_knows(weights):
         model = comfy.sd.load_diffusion_model_state_dict(dict(weights))
@@ -56,7 +59,7 @@ def build_unet(weights: dict, configs: dict):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
 
 
-def build_clip(encoders: list[dict], configs: dict):
+def build_clip(encoders: list[StateDict], configs: Mapping[str, Config]) -> Clip:
     """The text encoders as a CLIP, which brings the host's own tokenizer."""
     # transformers 5 writes the names without the prefix that the host expects.
     encoders = [
@@ -92,7 +95,7 @@ def build_clip(encoders: list[dict], configs: dict):
     return clip
 
 
-def build_vae(weights: dict, configs: dict):
+def build_vae(weights: StateDict, configs: Mapping[str, Config]) -> Vae:
     """The autoencoder as a VAE."""
     vae = comfy.sd.VAE(sd=dict(weights), config={"params": autoencoder_options(weights)})
     check_keys(vae.first_stage_model, weights, "VAE")
@@ -104,7 +107,7 @@ def build_vae(weights: dict, configs: dict):
     return vae
 
 
-def check_keys(module, weights: dict, what: str, missing_only: bool = False) -> None:
+def check_keys(module: torch.nn.Module, weights: StateDict, what: str, missing_only: bool = False) -> None:
     """Raises ValueError for weights that are missing, left over or of another shape.
 
     The host only logs them; a picture made without them is noise.
@@ -122,7 +125,7 @@ def check_keys(module, weights: dict, what: str, missing_only: bool = False) -> 
             )
 
 
-def _narrow(options: dict):
+def _narrow(options: dict[str, Any]) -> type[ModelConfig]:
     """The host's configuration of the family that these options belong to, without its fixed numbers."""
     models, edits = comfy.supported_models, options["in_channels"] == 8  # InstructPix2Pix: the picture beside the noise
     if options["adm_in_channels"] is not None:
@@ -133,24 +136,25 @@ def _narrow(options: dict):
         family = models.SD15_instructpix2pix if edits else models.SD15
     kept = {key: value for key, value in family.unet_extra_config.items() if key == "attn_precision"}
 
-    class Narrow(family):
-        unet_config: ClassVar = {}
-        unet_extra_config: ClassVar = kept
-
-    return Narrow
+    return type("Narrow", (family,), {"unet_config": {}, "unet_extra_config": kept})
 
 
-def _has_host_depth(options: list[dict]) -> bool:
+def _has_host_depth(options: list[dict[str, Any]]) -> bool:
     """Whether the towers have the layers by which the host tells them apart; SD2.x's folders leave its last one out."""
     depths = {768: (12,), 1024: (23, 24), 1280: (32,)}
     return all(option["num_hidden_layers"] in depths[option["hidden_size"]] for option in options)
 
 
-def _tower(options: dict, projection: torch.Size | None = None, **settings):
+def _tower(options: dict[str, Any], projection: torch.Size | None = None, **settings: Any) -> type[torch.nn.Module]:
     """The host's CLIP text model with another configuration, for which its initialisers have no argument."""
 
     class Tower(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
+        def __init__(
+            self,
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype | None = None,
+            model_options: dict[str, Any] | None = None,
+        ) -> None:
             super().__init__(
                 device=device,
                 dtype=dtype,
@@ -166,26 +170,33 @@ def _tower(options: dict, projection: torch.Size | None = None, **settings):
     return Tower
 
 
-def _one_tower(options: dict, pads_with_zero: bool):
+def _one_tower(options: dict[str, Any], pads_with_zero: bool) -> ClipTarget:
     """SD1.x's and SD2.x's CLIP, as diffusers' folders hold them: the last layer, normalised."""
     pad = 0 if pads_with_zero else 49407
     tower = _tower(options, return_projected_pooled=False, special_tokens={"start": 49406, "end": 49407, "pad": pad})
 
     class Text(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
+        def __init__(
+            self,
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype | None = None,
+            model_options: dict[str, Any] | None = None,
+        ) -> None:
             super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=tower)
 
     class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data=None):
+        def __init__(
+            self, embedding_directory: list[str] | None = None, tokenizer_data: dict[str, Any] | None = None
+        ) -> None:
             super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {})
             self.clip_l.pad_token, self.clip_l.pad_with_end = pad, not pads_with_zero
 
     return comfy.supported_models_base.ClipTarget(Tokenizer, Text)
 
 
-def _two_towers(encoders: list[dict], options: list[dict]):
+def _two_towers(encoders: list[StateDict], options: list[dict[str, Any]]) -> ClipTarget:
     """SDXL's pair: the layer before the last of both, not normalised, and the second one's pooled projection."""
-    hidden = {"layer": "hidden", "layer_idx": -2, "layer_norm_hidden_state": False}
+    hidden: dict[str, Any] = {"layer": "hidden", "layer_idx": -2, "layer_norm_hidden_state": False}
     first = _tower(options[0], **hidden)
     second = _tower(
         options[1],
@@ -195,7 +206,12 @@ def _two_towers(encoders: list[dict], options: list[dict]):
     )
 
     class Text(comfy.sdxl_clip.SDXLClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
+        def __init__(
+            self,
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype | None = None,
+            model_options: dict[str, Any] | None = None,
+        ) -> None:
             torch.nn.Module.__init__(self)
             self.clip_l = first(device, dtype, model_options)
             self.clip_g = second(device, dtype, model_options)

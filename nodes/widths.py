@@ -3,7 +3,13 @@
 Shapes tell everything but the number of attention heads, which diffusers' config.json holds.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import comfy.model_detection
+from torch import Tensor
+
+Config = dict[str, Any]  # a part's diffusers configuration
 
 # What ComfyUI's UNetModel computes in one way only: (key of a diffusers UNet config, the one value that fits).
 FIXED = (
@@ -22,7 +28,7 @@ FIXED = (
 )
 
 
-def unet_options(weights: dict, config: dict | None) -> dict:
+def unet_options(weights: Mapping[str, Tensor], config: Config | None) -> dict[str, Any]:
     """Arguments of ComfyUI's UNetModel for a UNet under LDM names. Raises ValueError where it has no such UNet."""
     config = {} if config is None else config
     added = "text_time" if "label_emb.0.0.weight" in weights else None
@@ -55,7 +61,7 @@ def unet_options(weights: dict, config: dict | None) -> dict:
     return {**options, "num_heads": -1, "num_head_channels": sizes.pop()}
 
 
-def autoencoder_options(weights: dict) -> dict:
+def autoencoder_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of ComfyUI's AutoencoderKL for a VAE under LDM names. Raises ValueError for another autoencoder."""
     try:
         channels = weights["encoder.conv_in.weight"].shape[0]
@@ -88,7 +94,7 @@ def autoencoder_options(weights: dict) -> dict:
     }
 
 
-def text_encoder_options(weights: dict, config: dict | None) -> dict:
+def text_encoder_options(weights: Mapping[str, Tensor], config: Config | None) -> dict[str, Any]:
     """ComfyUI's configuration for a CLIPTextModel. Raises ValueError where the heads cannot be known."""
     try:
         vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
@@ -118,6 +124,6 @@ def text_encoder_options(weights: dict, config: dict | None) -> dict:
     }
 
 
-def _count(weights: dict, prefix: str) -> int:
+def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbers follow the prefix among the keys."""
     return len({key.removeprefix(prefix).partition(".")[0] for key in weights if key.startswith(prefix)})

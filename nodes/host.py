@@ -1,0 +1,13 @@
+"""What a signature means by each of the host's objects. ComfyUI's modules are not there to be checked against."""
+
+from typing import Any, TypeAlias
+
+Model: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
+Clip: TypeAlias = Any  # comfy.sd.CLIP
+Vae: TypeAlias = Any  # comfy.sd.VAE
+ModelSampling: TypeAlias = Any  # of comfy.model_sampling: a MODEL's noise levels and what its output means
+ClipTarget: TypeAlias = Any  # comfy.supported_models_base.ClipTarget: a tokenizer and a text encoder to build
+WrapperExecutor: TypeAlias = Any  # comfy.patcher_extension.WrapperExecutor: what a wrapper calls on
+WeightAdapter: TypeAlias = Any  # of comfy.weight_adapter: the change that a LoRA or its kin makes to one weight
+ProgressBar: TypeAlias = Any  # comfy.utils.ProgressBar
+ModelConfig: TypeAlias = Any  # of comfy.supported_models: a family's UNet and latents
