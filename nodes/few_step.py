@@ -10,8 +10,16 @@ from tqdm.auto import tqdm
 from ..splam_core.sampler import add_noise, fresh_noise, sample
 from ..splam_core.schedule import broadcast_to, few_step_timesteps
 from ..splam_core.subpath import SubPathLinear
-from .gamma import Point, asking_at
-from .parametrisation import consistency, is_consistency, is_empty, nearest_timesteps, schedule_of, takes_sub_paths
+from .gamma import asking_at
+from .parametrisation import (
+    Point,
+    consistency,
+    is_consistency,
+    is_empty,
+    nearest_timesteps,
+    schedule_of,
+    takes_sub_paths,
+)
 
 GRID = 50  # points of the grid that distillation trains on; image-to-image keeps int(GRID * denoise) of them
 NAME = "splam"  # in KSampler's lists of samplers and schedulers

@@ -3,12 +3,13 @@
 from comfy_api.latest import io
 
 from .gamma import patch_gamma
+from .host import Model
 from .parametrisation import as_consistency_model
 
 
 class SPLAMModelPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMModelPatch",
             display_name="SPLAM Model Patch",
@@ -33,7 +34,7 @@ class SPLAMModelPatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, gamma_conditioning) -> io.NodeOutput:
+    def execute(cls, model: Model, gamma_conditioning: str) -> io.NodeOutput:
         if gamma_conditioning == "none":
             return io.NodeOutput(as_consistency_model(model))
         return io.NodeOutput(patch_gamma(model, gamma_conditioning))

@@ -3,12 +3,24 @@
 ComfyUI keeps a latent as x = z/alpha(t), at noise level sigma(t)/alpha(t); there F = c_skip*alpha*x + c_out*x0.
 """
 
+from dataclasses import dataclass
+
 import comfy.model_base
 import comfy.model_sampling
 import torch
+from torch import Tensor
 
 from ..splam_core.denoiser import boundary_scalings
 from ..splam_core.schedule import NoiseSchedule, broadcast_to
+from .host import Model, ModelSampling
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where on the sub-path that ends at timestep t: 0 < gamma < 1."""
+
+    gamma: float
+    t: int
 
 
 class _Schedule(comfy.model_sampling.ModelSamplingDiscrete):
@@ -24,17 +36,17 @@ class _Schedule(comfy.model_sampling.ModelSamplingDiscrete):
 class _Consistency(_Schedule):
     """The network's output read as F instead of x0."""
 
-    def calculate_denoised(self, sigma, model_output, model_input):
-        x0 = super().calculate_denoised(sigma, model_output, model_input)
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        x0: Tensor = super().calculate_denoised(sigma, model_output, model_input)
         return consistency(x0, model_input, sigma, self.timestep(sigma))
 
-    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         # diffusers starts text-to-image from pure noise, and image-to-image from add_noise at every strength; at
         # denoise 1 ComfyUI would add the first one's noise to the second one's image. A batch may hold both.
-        start = super().noise_scaling(sigma, noise, latent_image)
+        start: Tensor = super().noise_scaling(sigma, noise, latent_image)
         if not max_denoise:
             return start
-        pure = super().noise_scaling(sigma, noise, latent_image, max_denoise=True)
+        pure: Tensor = super().noise_scaling(sigma, noise, latent_image, max_denoise=True)
         return torch.where(broadcast_to(is_empty(latent_image), pure), pure, start)
 
 
@@ -47,27 +59,30 @@ class _SubPath(_Consistency):
 
     def __init__(self, schedule: NoiseSchedule, conditioning: str):
         super().__init__(schedule)
-        self.conditioning, self.point = conditioning, None
+        self.conditioning = conditioning
+        self.point: Point | None = None
         self.moved = schedule  # on the device that asked last
 
-    def timestep(self, sigma):
+    def timestep(self, sigma: Tensor) -> Tensor:
         if self.point is None:
-            return super().timestep(sigma)
+            timestep: Tensor = super().timestep(sigma)
+            return timestep
         if self.conditioning == "embedding":
             return torch.full_like(sigma, self.point.t)
         if self.moved.alphas_cumprod.device != sigma.device:
             self.moved = self.schedule.to(sigma.device)
         return self.moved.timestep_at(torch.ones_like(sigma), sigma)
 
-    def calculate_input(self, sigma, noise):
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
         if self.point is None or self.conditioning != "embedding":
-            return super().calculate_input(sigma, noise)
+            scaled: Tensor = super().calculate_input(sigma, noise)
+            return scaled
         return noise * self.schedule.alpha(self.point.t)
 
-    def calculate_denoised(self, sigma, model_output, model_input):
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         if self.point is None:
             return super().calculate_denoised(sigma, model_output, model_input)
-        x0 = super(_Consistency, self).calculate_denoised(sigma, model_output, model_input)
+        x0: Tensor = super(_Consistency, self).calculate_denoised(sigma, model_output, model_input)
         # At t, not at the inner timestep: below it c_skip + c_out would exceed 1.
         c_skip, c_out = boundary_scalings(torch.tensor(float(self.point.t)))
         return c_skip * self.calculate_input(sigma, model_input) + c_out * x0
@@ -105,19 +120,19 @@ _CLASSES = {
 }
 
 
-def consistency(x0, x, sigma, t):
+def consistency(x0: Tensor, x: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
     """F from x0 in ComfyUI's variables. x0, x: [B, ...]; sigma, t: [B] or scalar, of one noise level."""
     c_skip, c_out = boundary_scalings(t.to(torch.float32))
     alpha = (1 + sigma**2) ** -0.5
     return broadcast_to(c_skip * alpha, x) * x + broadcast_to(c_out, x0) * x0
 
 
-def is_empty(latent_image):
+def is_empty(latent_image: Tensor) -> Tensor:
     """[B]: which pictures of a latent image are none, for text-to-image."""
     return latent_image.flatten(1).count_nonzero(dim=1) == 0
 
 
-def patch(model, schedule: NoiseSchedule, prediction_type: str, is_consistency_model: bool):
+def patch(model: Model, schedule: NoiseSchedule, prediction_type: str, is_consistency_model: bool) -> Model:
     """A clone of the MODEL with this schedule and prediction type; F instead of x0 when it is a consistency model.
 
     Raises ValueError for a prediction type other than "epsilon" and "v_prediction".
@@ -129,7 +144,7 @@ def patch(model, schedule: NoiseSchedule, prediction_type: str, is_consistency_m
     return patched
 
 
-def declare(model, prediction_type: str, schedule: NoiseSchedule) -> None:
+def declare(model: Model, prediction_type: str, schedule: NoiseSchedule) -> None:
     """Tells a freshly loaded MODEL what it predicts, as if the host's own loader had found it out.
 
     What the host saves, merges and samples without SPLAM's parametrisation then follows it too.
@@ -140,7 +155,7 @@ def declare(model, prediction_type: str, schedule: NoiseSchedule) -> None:
     base.model_sampling = comfy.model_base.model_sampling(base.model_config, base.model_type)
 
 
-def as_consistency_model(model):
+def as_consistency_model(model: Model) -> Model:
     """The MODEL with SPLAM's parametrisation, whatever loaded it; itself if it has it already.
 
     Raises ValueError for a model that is not one of discrete variance-preserving diffusion (Flux, SD3, EDM, ...).
@@ -151,7 +166,7 @@ def as_consistency_model(model):
     return patch(model, schedule_of(sampling), prediction_type_of(sampling), True)
 
 
-def on_sub_paths(model, conditioning: str):
+def on_sub_paths(model: Model, conditioning: str) -> Model:
     """A clone of a consistency MODEL that takes points inside sub-paths too; conditioning as Denoiser's."""
     sampling = model.get_model_object("model_sampling")
     kind = SubPathV if prediction_type_of(sampling) == "v_prediction" else SubPathEPS
@@ -160,21 +175,21 @@ def on_sub_paths(model, conditioning: str):
     return patched
 
 
-def takes_sub_paths(sampling) -> bool:
+def takes_sub_paths(sampling: ModelSampling) -> bool:
     return isinstance(sampling, _SubPath)
 
 
-def nearest_timesteps(schedule: NoiseSchedule, sigmas):
+def nearest_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     """Integer timesteps [n] nearest to VE noise levels [n]."""
     table = schedule.ve_sigma(torch.arange(schedule.num_train_timesteps)).log()
     return (sigmas.to(table).log()[:, None] - table).abs().argmin(dim=1)
 
 
-def is_consistency(sampling) -> bool:
+def is_consistency(sampling: ModelSampling) -> bool:
     return isinstance(sampling, _Consistency)
 
 
-def prediction_type_of(sampling) -> str:
+def prediction_type_of(sampling: ModelSampling) -> str:
     """ "epsilon" or "v_prediction", from any MODEL's model_sampling."""
     other = (
         *(comfy.model_sampling.X0, comfy.model_sampling.EDM),
@@ -190,7 +205,7 @@ def prediction_type_of(sampling) -> str:
     return "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
 
 
-def schedule_of(sampling) -> NoiseSchedule:
+def schedule_of(sampling: ModelSampling) -> NoiseSchedule:
     """The schedule of any MODEL's model_sampling: diffusers' table of Stable Diffusion's, or the model's own.
 
     Raises ValueError as `prediction_type_of`, and for a table from which the timesteps cannot be told.
