@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, BinaryIO, cast
 
 import comfy.model_management
 import comfy.utils
@@ -17,12 +19,16 @@ from server import PromptServer
 
 from ..splam_core.checkpoint import shortened
 from .catalogue import host_names, in_host_names
+from .host import ProgressBar
 
 RECORD = "splam-fetch.json"
 KEPT = (".safetensors", ".json", ".txt")  # never a pickle
 PIPELINE_PARTS = ("unet", "vae", "text_encoder")
 MARGIN = 64 * 2**20  # bytes of disk space to leave free
 BLOCK = 2**22
+
+Record = dict[str, Any]  # of a release: repo, revision, licence, files: {name: Facts}
+Facts = dict[str, Any]  # of a file: size in bytes, kind of hash ("sha256" or "git"), hash; mtime_ns once it is placed
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class FetchError(ValueError):
 
 class SPLAMFetch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMFetch",
             display_name="SPLAM Fetch",
@@ -94,11 +100,11 @@ class SPLAMFetch(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, release):
+    def fingerprint_inputs(cls, release: str) -> float:
         return float("nan")  # never from the host's cache: somebody may have deleted the files
 
     @classmethod
-    def execute(cls, release) -> io.NodeOutput:
+    def execute(cls, release: str) -> io.NodeOutput:
         if release not in RELEASES:
             raise FetchError(f"SPLAM Fetch: there is no release {release!r}. Choose one of {', '.join(RELEASES)}.")
         with host_names():
@@ -111,7 +117,8 @@ class Progress:
     """Bytes to the node's bar and a line of text to its face; the place where a cancel is noticed."""
 
     def __init__(self, node_id: str | None):
-        self.node_id, self.bar, self.done, self.shown = node_id, None, 0, -1
+        self.node_id, self.done, self.shown = node_id, 0, -1
+        self.bar: ProgressBar = None  # from `start` on
 
     def say(self, text: str) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -167,7 +174,7 @@ def fetch(release: Release, progress: Progress) -> tuple[Path, str]:
     return release.target(base), told(release, record, release.target(base), "downloaded and checked")
 
 
-def told(release: Release, record: dict, target: Path, how: str) -> str:
+def told(release: Release, record: Record, target: Path, how: str) -> str:
     """What the node shows."""
     return (
         f"{release.repo}: {how}\nlicence: {record['licence'] or 'not stated, see the model card'}\n"
@@ -175,7 +182,7 @@ def told(release: Release, record: dict, target: Path, how: str) -> str:
     )
 
 
-def complete(release: Release, base: Path) -> dict | None:
+def complete(release: Release, base: Path) -> Record | None:
     """The record of an earlier download all of whose files are still what it names. Raises FetchError if one is not."""
     record = read_record(release.record(base))
     if record is None or not all(release.place(base, file).is_file() for file in record["files"]):
@@ -187,7 +194,7 @@ def complete(release: Release, base: Path) -> dict | None:
     return record
 
 
-def is_there(place: Path, facts: dict) -> bool:
+def is_there(place: Path, facts: Facts) -> bool:
     """Whether this file has been downloaded. Raises FetchError if another one is in its place, which stays."""
     if not place.is_file():
         return False
@@ -199,7 +206,7 @@ def is_there(place: Path, facts: dict) -> bool:
     )
 
 
-def ask_hub(release: Release, progress: Progress) -> dict:
+def ask_hub(release: Release, progress: Progress) -> Record:
     """What the hub says of the release now: the commit, the licence, each file's size and hash."""
     progress.say(f"asking the hub for {release.repo}")
     info = hub().HfApi().model_info(release.repo, files_metadata=True, token=False)
@@ -249,7 +256,7 @@ def stays_inside(name: str) -> bool:
     return plain and bool(parts) and ".." not in parts and not name.startswith("/")
 
 
-def facts_of(release: Release, file) -> dict:
+def facts_of(release: Release, file: Any) -> Facts:
     """Size and hash by the hub's listing: SHA-256 for what lies in LFS, Git's own hash of a blob for small files."""
     lfs = file.lfs or {}
     sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
@@ -262,7 +269,7 @@ def facts_of(release: Release, file) -> dict:
     return {"size": file.size, "kind": kind, "hash": value}
 
 
-def hash_of(path: Path, facts: dict, tick: Callable[[], None] = lambda: None) -> str:
+def hash_of(path: Path, facts: Facts, tick: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256() if facts["kind"] == "sha256" else hashlib.sha1(usedforsecurity=False)
     if facts["kind"] == "git":
         digest.update(b"blob %d\0" % path.stat().st_size)
@@ -273,7 +280,7 @@ def hash_of(path: Path, facts: dict, tick: Callable[[], None] = lambda: None) ->
     return digest.hexdigest()
 
 
-def check_space(release: Release, base: Path, staging: Path, missing: dict) -> None:
+def check_space(release: Release, base: Path, staging: Path, missing: dict[str, Facts]) -> None:
     """Raises FetchError if the disk cannot take what is still to come."""
     needed = sum(facts["size"] - staged_bytes(staging, file) for file, facts in missing.items())
     free = shutil.disk_usage(base).free
@@ -293,7 +300,7 @@ def partial(staging: Path, file: str) -> Path:
     return staging / f"{file}.part"
 
 
-def download(release: Release, revision: str, staging: Path, file: str, facts: dict, progress: Progress) -> None:
+def download(release: Release, revision: str, staging: Path, file: str, facts: Facts, progress: Progress) -> None:
     """One file into the staging folder, from where an earlier run stopped; it gets its name once it is checked."""
     whole, part = staging / file, partial(staging, file)
     if whole.is_file():
@@ -306,7 +313,8 @@ def download(release: Release, revision: str, staging: Path, file: str, facts: d
 
             url = hub().hf_hub_url(release.repo, file, revision=revision)
             # The size is checked below: versions differ in what they compare it with when they resume.
-            http_get(url, Watched(stream, progress, file), resume_size=have, headers={"Accept-Encoding": "identity"})
+            watched = cast(BinaryIO, Watched(stream, progress, file))  # as much of one as is used
+            http_get(url, watched, resume_size=have, headers={"Accept-Encoding": "identity"})
     progress.say(f"checking {file}")
     found = part.stat().st_size
     check_cancel = comfy.model_management.throw_exception_if_processing_interrupted
@@ -325,7 +333,7 @@ def download(release: Release, revision: str, staging: Path, file: str, facts: d
 class Watched:
     """A file that huggingface_hub writes to: counts, and stops the download when the user cancels."""
 
-    def __init__(self, stream, progress: Progress, name: str):
+    def __init__(self, stream: BinaryIO, progress: Progress, name: str):
         self.stream, self.progress, self.label = stream, progress, name
         self.name = stream.name  # hf_transfer, where it is switched on, opens the file by its name
 
@@ -335,10 +343,10 @@ class Watched:
         self.progress.advance(written, self.label)
         return written
 
-    def seek(self, *position) -> int:
+    def seek(self, *position: int) -> int:
         return self.stream.seek(*position)
 
-    def truncate(self, *size) -> int:
+    def truncate(self, *size: int) -> int:
         # The server did not take up where it was asked to: what there was is written again.
         before, after = os.fstat(self.stream.fileno()).st_size, self.stream.truncate(*size)
         self.progress.done -= before - after
@@ -348,7 +356,7 @@ class Watched:
         return self.stream.tell()
 
 
-def hub():
+def hub() -> ModuleType:
     """huggingface_hub, of which ComfyUI's transformers brings one. Raises FetchError if there is none."""
     try:
         import huggingface_hub
@@ -361,7 +369,7 @@ def hub():
 
 
 @contextlib.contextmanager
-def plain_errors(release: Release, base: Path):
+def plain_errors(release: Release, base: Path) -> Iterator[None]:
     """The libraries' many errors as one sentence that says what to do. A cancel and our own pass as they are."""
     again = "What has arrived is kept: run SPLAM Fetch again and it goes on from there."
     try:
@@ -392,7 +400,7 @@ def plain_errors(release: Release, base: Path):
         raise FetchError(f"SPLAM Fetch: {release.repo}: {text}") from error
 
 
-def read_record(file: Path) -> dict | None:
+def read_record(file: Path) -> Record | None:
     """None for no record, or one that is none of ours."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -404,11 +412,11 @@ def read_record(file: Path) -> dict | None:
         return None
 
 
-def is_facts(facts) -> bool:
+def is_facts(facts: Any) -> bool:
     return facts["kind"] in ("sha256", "git") and isinstance(facts["size"], int) and isinstance(facts["hash"], str)
 
 
-def one_line(text) -> str | None:
+def one_line(text: Any) -> str | None:
     """What somebody else wrote, as a short word for the node's face."""
     return shortened(" ".join(str(text).split()), 100) if text else None
 

@@ -1,7 +1,9 @@
 """SPLAM LoRA Loader: LoRAs under peft's, diffusers' or kohya's names, each key used or named."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import comfy.model_management
@@ -10,8 +12,10 @@ import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..splam_core.checkpoint import (
+    StateDict,
     is_safetensors,
     load_file,
     lora_adapters,
@@ -24,6 +28,7 @@ from ..splam_core.checkpoint import (
 from ..splam_core.keys import lora_key
 from .announce import warn
 from .catalogue import host_names, is_pickle, read_json
+from .host import Clip, Model, WeightAdapter
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
@@ -38,7 +43,7 @@ MARKS = (".lora_", ".lora.", ".hada_", ".lokr_", ".oft_", ".a1.weight", ".diff",
 
 class SPLAMLoraLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
         return io.Schema(
             node_id="SPLAMLoraLoader",
@@ -66,7 +71,7 @@ class SPLAMLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
         try:
             with host_names():
                 return lora_name is None or bool(locate_lora(lora_name))
@@ -74,12 +79,14 @@ class SPLAMLoraLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, **_):
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> int:
         with host_names():
             return locate_lora(lora_name).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, model, lora_name, strength_model, strength_clip, clip=None) -> io.NodeOutput:
+    def execute(
+        cls, model: Model, lora_name: str, strength_model: float, strength_clip: float, clip: Clip | None = None
+    ) -> io.NodeOutput:
         with host_names():
             path = locate_lora(lora_name)
             with reading(path):
@@ -111,7 +118,9 @@ def locate_lora(name: str) -> Path:
     return Path(path)
 
 
-def apply_lora(model, clip, path: Path, strength_model: float, strength_clip: float):
+def apply_lora(
+    model: Model, clip: Clip | None, path: Path, strength_model: float, strength_clip: float
+) -> tuple[Model, Clip | None, list[str]]:
     """(MODEL, CLIP, keys of the file without a place in them). clip may be None.
 
     Raises ValueError for a file that is no LoRA, and for one of another family of models; KeyError and the like where
@@ -159,23 +168,24 @@ class PeftDora(comfy.weight_adapter.LoRAAdapter):
     The host's own `dora_scale` divides by the norms of the weight before the change, or by those of its columns.
     """
 
-    def __init__(self, lora, magnitude: torch.Tensor):
+    def __init__(self, lora: WeightAdapter, magnitude: Tensor):
         super().__init__(lora.loaded_keys, lora.weights)
         self.magnitude = magnitude
 
     def calculate_weight(
         self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype=torch.float32,
-        original_weight=None,
-    ):
-        def here(tensor):
-            return comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: tuple[int, int, int] | None,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Tensor | None = None,
+    ) -> Tensor:
+        def here(tensor: Tensor) -> Tensor:
+            moved: Tensor = comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
+            return moved
 
         up, down, alpha = (*map(here, self.weights[:2]), self.weights[2])
         scale = 1.0 if alpha is None else alpha / down.shape[0]
@@ -196,18 +206,18 @@ def _is_magnitude(key: str) -> bool:
     return found is not None and found.role == "magnitude"
 
 
-def _module(key: str, key_map: dict) -> str:
+def _module(key: str, key_map: dict[str, Any]) -> str:
     """The module of the host's map that a key belongs to, or ""."""
     while key and key not in key_map:
         key = key.rpartition(".")[0]
     return key
 
 
-def _bias(target) -> str:
+def _bias(target: Any) -> str:
     return target.removesuffix(".weight") + ".bias" if isinstance(target, str) else ""
 
 
-def _adapters(path: Path) -> dict:
+def _adapters(path: Path) -> dict[str, dict[str, Any]]:
     """peft's settings of the LoRA: in the file (diffusers), or beside it (peft)."""
     adapters = lora_adapters(read_metadata(path))
     beside = path.with_name("adapter_config.json")
@@ -216,7 +226,14 @@ def _adapters(path: Path) -> dict:
     return adapters
 
 
-def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, clip) -> None:
+def _check_family(
+    path: Path,
+    lora: StateDict,
+    modules: dict[str, str],
+    key_map: dict[str, Any],
+    model: Model,
+    clip: Clip | None,
+) -> None:
     """Raises ValueError where the LoRA's matrices do not fit the model's, or most of them have no place in it."""
     try:
         shapes = _shapes(lora)
@@ -226,7 +243,7 @@ def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, c
         target = key_map.get(module)
         if not isinstance(target, str):
             continue
-        owner = model.model if target.startswith("diffusion_model.") else clip.cond_stage_model
+        owner = model.model if clip is None or target.startswith("diffusion_model.") else clip.cond_stage_model
         wanted = comfy.utils.get_attr(owner, target).shape
         if found[0] != wanted[0] or found[1] not in (None, wanted[1:].numel()):
             raise ValueError(
@@ -243,12 +260,12 @@ def _check_family(path: Path, lora: dict, modules: dict, key_map: dict, model, c
         )
 
 
-def _shapes(lora: dict) -> dict[str, tuple[int, int | None]]:
+def _shapes(lora: StateDict) -> dict[str, tuple[int, int | None]]:
     """{module: rows and columns of the weight that its matrices make}, where they tell it; None: any columns.
 
     A convolution's columns are all that makes one output channel. Raises ValueError where matrices do not multiply.
     """
-    parts: dict[str, dict] = {}
+    parts: dict[str, StateDict] = {}
     for key, weight in lora.items():
         for role in ROLES:
             if key.endswith(role):
@@ -259,7 +276,7 @@ def _shapes(lora: dict) -> dict[str, tuple[int, int | None]]:
     return {module: shape for module, shape in shapes.items() if shape is not None}
 
 
-def _made_of(part: dict) -> tuple[int, int | None] | None:
+def _made_of(part: StateDict) -> tuple[int, int | None] | None:
     def product(left: str, right: str) -> tuple[int, int] | None:
         if left not in part or right not in part:
             return None
@@ -286,12 +303,12 @@ def _made_of(part: dict) -> tuple[int, int | None] | None:
     )
 
 
-def _families(lora: dict, model) -> str:
+def _families(lora: StateDict, model: Model) -> str:
     """One sentence: which family the LoRA is for and which the model is of, as far as can be told."""
     width = next((shape[1] for module, shape in _shapes(lora).items() if CROSS_ATTENTION.search(module)), None)
     own = model.model.model_config.unet_config.get("context_dim")
     expected, found = (
-        FAMILIES.get(size, f"a model with prompts {size} wide" if size else "a model of an unknown family")
+        FAMILIES.get(size, f"a model with prompts {size} wide") if size else "a model of an unknown family"
         for size in (own, width)
     )
     return f"Expected one for {expected}, found one for {found}."
