@@ -4,12 +4,13 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from .few_step import check_steps, sample_splam, splam_sigmas
+from .host import Model
 from .options import denoise_input, refinements_input, steps_input
 
 
 class SPLAMSamplerSelect(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMSamplerSelect",
             display_name="SPLAM Sampler Select",
@@ -20,13 +21,13 @@ class SPLAMSamplerSelect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, refinements=0) -> io.NodeOutput:
+    def execute(cls, refinements: int = 0) -> io.NodeOutput:
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements}))
 
 
 class SPLAMScheduler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMScheduler",
             display_name="SPLAM Scheduler",
@@ -41,6 +42,6 @@ class SPLAMScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps, denoise) -> io.NodeOutput:
+    def execute(cls, model: Model, steps: int, denoise: float) -> io.NodeOutput:
         check_steps("SPLAM Scheduler", steps, denoise)
         return io.NodeOutput(splam_sigmas(model.get_model_object("model_sampling"), steps, denoise))

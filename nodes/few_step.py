@@ -1,16 +1,21 @@
 """splam_core's few-step sampler in ComfyUI's variables: as a k-diffusion sampler, and its sigmas as a scheduler."""
 
 import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.samplers
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..splam_core.sampler import add_noise, fresh_noise, sample
 from ..splam_core.schedule import broadcast_to, few_step_timesteps
 from ..splam_core.subpath import SubPathLinear
 from .gamma import asking_at
+from .host import ModelSampling, WrappedModel
 from .parametrisation import (
     Point,
     consistency,
@@ -35,7 +40,7 @@ def check_steps(node: str, steps: int, denoise: float) -> None:
         )
 
 
-def check_latent(node: str, samples, channels: int) -> None:
+def check_latent(node: str, samples: Tensor, channels: int) -> None:
     """Raises ValueError for latents that this model cannot take."""
     if samples.numel() == 0:
         raise ValueError(f"{node}: the latent image is empty, shape {tuple(samples.shape)}. Give at least one latent.")
@@ -51,7 +56,7 @@ def check_latent(node: str, samples, channels: int) -> None:
         )
 
 
-def check_sigmas(sigmas) -> None:
+def check_sigmas(sigmas: Tensor) -> None:
     """Raises ValueError for sigmas that this sampler cannot follow."""
     if not torch.isfinite(sigmas).all():
         raise ValueError(
@@ -66,7 +71,7 @@ def check_sigmas(sigmas) -> None:
         )
 
 
-def splam_sigmas(sampling, steps: int, denoise: float = 1.0) -> torch.Tensor:
+def splam_sigmas(sampling: ModelSampling, steps: int, denoise: float = 1.0) -> Tensor:
     """SIGMAS [steps + 1] of LCMScheduler's timesteps, ending in 0. sampling: a MODEL's model_sampling.
 
     Raises ValueError as `schedule_of` and `few_step_timesteps`.
@@ -77,7 +82,15 @@ def splam_sigmas(sampling, steps: int, denoise: float = 1.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None, refinements=0):
+def sample_splam(
+    model: WrappedModel,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    refinements: int = 0,
+) -> Tensor:
     """Consistency sampling (eq. 19; Song et al., algorithm 1), one model evaluation a step (1 + `refinements`).
 
     Works on any MODEL of a discrete schedule: without SPLAM's parametrisation the boundary scalings are applied here.
@@ -102,22 +115,24 @@ def sample_splam(model, x, sigmas, extra_args=None, callback=None, disable=None,
     timesteps = nearest_timesteps(schedule, sigmas[sigmas > 0]).cpu()
     evaluations = len(sigmas) - 1
 
-    def denoise(z, t):
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
         sigma = schedule.ve_sigma(t)
         x = z / broadcast_to(schedule.alpha(t), z)
-        denoised = model(x, sigma, **extra_args)
+        denoised: Tensor = model(x, sigma, **extra_args)
         return denoised if patched else consistency(denoised, x, sigma, t)
 
     subpath = SubPathLinear(schedule)
 
-    def denoise_gamma(z, gamma, s, t):
+    def denoise_gamma(z: Tensor, gamma: Tensor, s: Tensor, t: Tensor) -> Tensor:
         point = Point(gamma[0].item(), int(t[0]))
         alpha = schedule.alpha(t)
-        return model(z / broadcast_to(alpha, z), subpath.sigma(gamma, s, t) / alpha, **asking_at(point, extra_args))
+        x, sigma = z / broadcast_to(alpha, z), subpath.sigma(gamma, s, t) / alpha
+        denoised: Tensor = model(x, sigma, **asking_at(point, extra_args))
+        return denoised
 
     progress = tqdm(total=evaluations, disable=disable)
 
-    def report(step, t, z, x0):
+    def report(step: int, t: int, z: Tensor, x0: Tensor) -> None:
         progress.update()
         if callback is not None:
             sigma = sigmas[step]
@@ -139,18 +154,18 @@ def _numbers_in_batch(count: int) -> list[int]:
     A LATENT carries it as `batch_index`, which the host reads in the node that samples and does not pass on, at noise
     switched off not at all: so it is read where it stands, in the nearest caller that holds a LATENT of this many.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for value in frame.f_locals.values():
             samples = value.get("samples") if isinstance(value, dict) else None
-            if isinstance(samples, torch.Tensor) and len(samples) == count:
+            if isinstance(samples, Tensor) and len(samples) == count:
                 numbers = value.get("batch_index")
                 return list(range(count)) if numbers is None or len(numbers) != count else list(numbers)
         frame = frame.f_back
     return list(range(count))
 
 
-def _surplus_noise(model, sampling, sigma):
+def _surplus_noise(model: WrappedModel, sampling: ModelSampling, sigma: Tensor) -> Tensor | float:
     """What to add to the host's start of a MODEL without SPLAM's parametrisation.
 
     At denoise 1 the host noises a picture as if it were nothing, by sqrt(1 + sigma^2) in place of sigma; image-to-image
@@ -160,11 +175,11 @@ def _surplus_noise(model, sampling, sigma):
     is_largest = float(sigma) > float(sampling.sigma_max) * (1 - 1e-5)
     if latent is None or noise is None or not is_largest:
         return 0.0
-    surplus = noise * (sigma - (1 + sigma**2) ** 0.5)
+    surplus: Tensor = noise * (sigma - (1 + sigma**2) ** 0.5)
     return torch.where(broadcast_to(is_empty(latent), surplus), 0.0, surplus)
 
 
-def _whole_schedule(sampling, steps: int) -> torch.Tensor:
+def _whole_schedule(sampling: ModelSampling, steps: int) -> Tensor:
     """The scheduler `splam` of KSampler and its kin, which ask for steps / denoise of them and cut by themselves."""
     if steps > GRID:
         raise ValueError(

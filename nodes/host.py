@@ -6,6 +6,7 @@ Model: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
 Clip: TypeAlias = Any  # comfy.sd.CLIP
 Vae: TypeAlias = Any  # comfy.sd.VAE
 ModelSampling: TypeAlias = Any  # of comfy.model_sampling: a MODEL's noise levels and what its output means
+WrappedModel: TypeAlias = Any  # of comfy.samplers, KSamplerX0Inpaint: a MODEL as k-diffusion samplers call it
 ClipTarget: TypeAlias = Any  # comfy.supported_models_base.ClipTarget: a tokenizer and a text encoder to build
 WrapperExecutor: TypeAlias = Any  # comfy.patcher_extension.WrapperExecutor: what a wrapper calls on
 WeightAdapter: TypeAlias = Any  # of comfy.weight_adapter: the change that a LoRA or its kin makes to one weight

@@ -10,7 +10,7 @@ from .checkpoints import files_of, load
 
 class SPLAMLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMLoader",
             display_name="SPLAM Loader",
@@ -52,7 +52,7 @@ class SPLAMLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
         # In place of "value not in list": a sentence that says where models go.
         try:
             with host_names():
@@ -61,13 +61,13 @@ class SPLAMLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, embedded_guidance=1.0):
+    def fingerprint_inputs(cls, model_name: str, embedded_guidance: float = 1.0) -> list[tuple[str, int]]:
         # A model that was trained on and exported again is loaded again.
         with host_names():
             return [(str(file), file.stat().st_mtime_ns) for file in files_of(locate(model_name))]
 
     @classmethod
-    def execute(cls, model_name, embedded_guidance=1.0) -> io.NodeOutput:
+    def execute(cls, model_name: str, embedded_guidance: float = 1.0) -> io.NodeOutput:
         with host_names():
             location = locate(model_name)
             with reading(location.path):
