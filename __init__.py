@@ -1,9 +1,16 @@
 """ComfyUI's entry. The host is imported only when it asks for the nodes, so that anything else may import this file."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comfy_api.latest import ComfyExtension
+
 WEB_DIRECTORY = "./web"
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> ComfyExtension:
     from .nodes import SPLAMExtension
 
     return SPLAMExtension()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ StateDict = dict[str, Tensor]
 Progress = Callable[[float, str], None]
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-EMBEDDED = {"SPLAM (gamma = 1)": "splam", "LCM (guidance 8.5)": 8.5}  # what a cond_proj in the source was fed
+# What a cond_proj in the source was fed.
+EMBEDDED: dict[str, str | float] = {"SPLAM (gamma = 1)": "splam", "LCM (guidance 8.5)": 8.5}
 FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # of a UNet or VAE, of a text encoder
 ARCHITECTURES = {
@@ -56,7 +58,7 @@ class Source:
 
     unet: StateDict
     others: StateDict = field(default_factory=dict)  # VAE and text encoders under LDM names; empty: from the base
-    configs: dict[str, dict] = field(default_factory=dict)  # part -> diffusers' configuration of it
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # part -> diffusers' configuration of it
     parametrisation: Parametrisation = field(default_factory=Parametrisation)
 
 
@@ -83,8 +85,8 @@ def convert(
         weights = load_file(source) if source.is_file() else None
         is_lora = any("lora_" in key or ".lora." in key or key.startswith("lycoris_") for key in weights or {})
         target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
-        notes = ()
-        if is_lora:
+        notes: tuple[str, ...] = ()
+        if weights is not None and is_lora:
             metadata = read_metadata(source)
             single = _with_zero_diff(_kohya(weights, metadata, source))
         else:
@@ -184,7 +186,9 @@ def _read_file(file: Path, weights: StateDict, embedded: str | float) -> Source:
     return Source(_fold_diffusers(weights, embedded, file), configs=configs, parametrisation=said)
 
 
-def _parametrisation(keys: Iterable[str], metadata: dict, scheduler: dict | None, path: Path) -> Parametrisation:
+def _parametrisation(
+    keys: Iterable[str], metadata: dict[str, str], scheduler: dict[str, Any] | None, path: Path
+) -> Parametrisation:
     try:
         return parametrisation_of(keys, metadata, scheduler)
     except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from modules import sd_samplers, shared
+from torch import Tensor
 
 SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from the first on, without negative prompt
 SKIP_UNCONDITIONAL_INFOTEXT = "Skip Early CFG"
@@ -27,7 +28,7 @@ def register_sampler(data: Any) -> None:
     sd_samplers.all_samplers_map[data.name] = data
     sd_samplers.set_samplers()
     cached = getattr(sd_samplers, "get_sampler_and_scheduler", None)
-    if hasattr(cached, "cache_clear"):
+    if cached is not None and hasattr(cached, "cache_clear"):
         cached.cache_clear()
 
 
@@ -52,17 +53,19 @@ def request_guidance_one(p: Any, name: str) -> None:
 
 def guidance_of(p: Any) -> float:
     """The guidance of the pass that `p` is in."""
-    return p.hr_cfg if getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg") else p.cfg_scale
+    hires = getattr(p, "is_hr_pass", False) and hasattr(p, "hr_cfg")
+    guidance: float = p.hr_cfg if hires else p.cfg_scale
+    return guidance
 
 
 def predicts_noise() -> bool:
     """Whether the loaded checkpoint predicts noise, not v. Forge and reForge know it by a function alone."""
     if not hasattr(shared.sd_model, "forge_objects"):
-        return shared.sd_model.parameterization == "eps"
+        return bool(shared.sd_model.parameterization == "eps")
     model = shared.sd_model.forge_objects.unet.model
     prediction = model.predictor if hasattr(model, "predictor") else model.model_sampling
     x0 = prediction.calculate_denoised(torch.ones(1), torch.ones(1, 1), torch.zeros(1, 1))
-    return x0.item() == -1  # at sigma 1: noise gives x - output, v (x - sqrt(2) output) / 2
+    return bool(x0.item() == -1)  # at sigma 1: noise gives x - output, v (x - sqrt(2) output) / 2
 
 
 def has_patcher() -> bool:
@@ -129,7 +132,16 @@ def guidance_one(p: Any, negative: bool = False) -> Iterator[None]:
         yield
 
 
-def negative_as_prompt(model, x, sigma, uncond, cond, cond_scale, model_options, seed):
+def negative_as_prompt(
+    model: Any,
+    x: Tensor,
+    sigma: Tensor,
+    uncond: list[dict[str, Any]],
+    cond: list[dict[str, Any]],
+    cond_scale: float,
+    model_options: dict[str, Any],
+    seed: int | None,
+) -> tuple[Any, ...]:
     """A conditioning modifier: the negative prompt as one prompt more, of the weight that the others lack to 1.
 
     u + sum of w (c - u) is the sum of w c and (1 - sum of w) u. The hosts divide by the sum of the weights, so that
@@ -154,14 +166,14 @@ def encode_negative(p: Any) -> Any:
 
 
 @contextmanager
-def _replaced(owner: dict, key: str, value: Any) -> Iterator[None]:
+def _replaced(owner: dict[str, Any], key: str, value: Any) -> Iterator[None]:
     with _restored(owner, key):
         owner[key] = value
         yield
 
 
 @contextmanager
-def _restored(owner: dict, key: str) -> Iterator[None]:
+def _restored(owner: dict[str, Any], key: str) -> Iterator[None]:
     kept = {key: owner[key]} if key in owner else {}
     try:
         yield

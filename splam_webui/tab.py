@@ -60,7 +60,15 @@ def base_choices() -> list[str]:
     return [NO_BASE, *sd_models.checkpoints_list]
 
 
-def run(source, base, precision, embedded, name, overwrite, progress=gr.Progress()) -> str:  # noqa: B008 (gradio's way)
+def run(
+    source: str,
+    base: str | None,
+    precision: str,
+    embedded: str,
+    name: str,
+    overwrite: bool,
+    progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio's way)
+) -> str:
     """The button: converts and says what came of it, in one sentence, whatever happens to the files."""
     if base not in (None, NO_BASE, *sd_models.checkpoints_list):
         return f"Not converted. There is no checkpoint {shortened(str(base))!r}: refresh the list and choose one of it."
