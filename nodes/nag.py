@@ -4,15 +4,23 @@ They are put in place for each call of the UNet, over whatever other patches it 
 prompt as they see the positive one.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
 
 from ..splam_core.nag import Nag, normalized_attention
+from .host import Conditioning, CrossAttention, Model, ModelSampling, UNet, WrapperExecutor
+
+Options = dict[str, Any]  # the host's transformer_options
+Attention = Callable[[Tensor, Tensor, Tensor, Options], Tensor]  # (q, k, v, options) -> z
+Patch = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor, Tensor]]  # of (hidden, context, value)
 
 KEY = "splam_nag"  # of the wrappers: a second negative prompt takes the place of the first
 
@@ -21,17 +29,17 @@ KEY = "splam_nag"  # of the wrappers: a second negative prompt takes the place o
 class Entry:
     """One of a negative CONDITIONING's prompts: where, when and how strongly it holds."""
 
-    context: torch.Tensor  # [B, tokens, C]
+    context: Tensor  # [B, tokens, C]
     strength: float = 1.0
-    area: tuple | None = None  # (height, width, y, x) in latent pixels, or the same as shares after "percentage"
-    mask: torch.Tensor | None = None  # [B, H, W] or [H, W], of any size
+    area: tuple[Any, ...] | None = None  # (height, width, y, x) in latent pixels; after "percentage", as shares
+    mask: Tensor | None = None  # [B, H, W] or [H, W], of any size
     sigmas: tuple[float, float] = (float("inf"), 0.0)  # from the first down to the last
 
     @property
     def is_everywhere(self) -> bool:
         return self.area is None and self.mask is None
 
-    def weights(self, size: tuple[int, int]) -> torch.Tensor | float:
+    def weights(self, size: tuple[int, int]) -> Tensor | float:
         """[B, 1, H, W] at the latents' size, or one number for all of the picture."""
         if self.is_everywhere:
             return self.strength
@@ -40,7 +48,7 @@ class Entry:
             mask = self.mask.float().cpu().reshape(-1, 1, *self.mask.shape[-2:])
             weights = comfy.utils.common_upscale(mask, size[1], size[0], "bilinear", "disabled")
         if self.area is not None:
-            area = self.area
+            area: Sequence[Any] = self.area
             if area[0] == "percentage":
                 area = [round(share * of) for share, of in zip(area[1:], (*size, *size), strict=True)]
             height, width, y, x = area
@@ -50,7 +58,7 @@ class Entry:
         return weights * self.strength
 
 
-def patch_negative(model, negative, nag: Nag, node: str):
+def patch_negative(model: Model, negative: Conditioning, nag: Nag, node: str) -> Model:
     """A clone of the MODEL whose cross-attention is led away from the negative CONDITIONING; itself if nag is off.
 
     Raises ValueError, in the name of `node`, for a MODEL without Stable Diffusion's UNet, and for a conditioning that
@@ -75,7 +83,7 @@ def patch_negative(model, negative, nag: Nag, node: str):
     return patched
 
 
-def _entries(negative, sampling) -> list[Entry]:
+def _entries(negative: Conditioning, sampling: ModelSampling) -> list[Entry]:
     entries = []
     for context, options in negative:
         mask, strength = options.get("mask"), float(options.get("strength", 1.0))
@@ -96,7 +104,7 @@ class _Guidance:
         self.nag, self.entries, self.node = nag, entries, node
         self.size: tuple[int, int] | None = None  # of the latents that are being sampled
 
-    def check(self, unet) -> None:
+    def check(self, unet: UNet) -> None:
         """Raises ValueError for a conditioning that this UNet cannot read."""
         if not self.entries:
             raise ValueError(f"{self.node}: the negative conditioning is empty. Connect a CLIP Text Encode.")
@@ -108,28 +116,40 @@ class _Guidance:
                     f"{entry.context.shape[-1]}. Encode it with the CLIP of this MODEL's loader."
                 )
 
-    def measure(self, executor, x, *args, **kwargs):
+    def measure(self, executor: WrapperExecutor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PREDICT_NOISE wrapper: how large the whole picture is, of which the UNet may see an area."""
-        self.size = tuple(x.shape[-2:])
-        return executor(x, *args, **kwargs)
+        self.size = (x.shape[-2], x.shape[-1])
+        output: Tensor = executor(x, *args, **kwargs)
+        return output
 
-    def guide(self, executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **rest):
+    def guide(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: Options | None = None,
+        **rest: Any,
+    ) -> Tensor:
         """DIFFUSION_MODEL wrapper: puts the attn2 patches in place for this call."""
         options = {} if transformer_options is None else transformer_options
         entries, rows = self._active(options), _positive_rows(options, len(x))
         if entries and rows:
             options = self._patched(executor.class_obj, options, self._weighted(entries, x), rows)
-        return executor(x, timesteps, context, y, control, options, **rest)
+        output: Tensor = executor(x, timesteps, context, y, control, options, **rest)
+        return output
 
-    def _active(self, options: dict) -> list[Entry]:
+    def _active(self, options: Options) -> list[Entry]:
         if "sigmas" not in options:
             return self.entries
         sigma = float(options["sigmas"][0])
         return [entry for entry in self.entries if entry.sigmas[0] >= sigma >= entry.sigmas[1]]
 
-    def _weighted(self, entries: list[Entry], x) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
+    def _weighted(self, entries: list[Entry], x: Tensor) -> list[tuple[Tensor, Tensor | float]]:
         """(context, weights) of each. Raises ValueError for a part of the picture in a part of the picture."""
-        size = tuple(x.shape[-2:])
+        size = (x.shape[-2], x.shape[-1])
         if size != (self.size or size) and not all(entry.is_everywhere for entry in entries):
             raise ValueError(
                 f"{self.node}: the negative conditioning has an area or a mask, and the positive one an area, which "
@@ -137,7 +157,9 @@ class _Guidance:
             )
         return [(entry.context.to(x), entry.weights(size)) for entry in entries]
 
-    def _patched(self, unet, options: dict, entries: list, rows: list[int]) -> dict:
+    def _patched(
+        self, unet: UNet, options: Options, entries: list[tuple[Tensor, Tensor | float]], rows: list[int]
+    ) -> Options:
         others = options.get("patches", {}).get("attn2_patch", [])
         replaced = options.get("patches_replace", {}).get("attn2", {})
         seen = _Seen()
@@ -155,10 +177,9 @@ class _Guidance:
 class _Seen:
     """The hidden states that reach a block's attn2 patches: what others must see with the negative prompt too."""
 
-    def __init__(self):
-        self.hidden = None
+    hidden: Tensor
 
-    def remember(self, hidden, context, value, _):
+    def remember(self, hidden: Tensor, context: Tensor, value: Tensor, _: Options) -> tuple[Tensor, Tensor, Tensor]:
         self.hidden = hidden
         return hidden, context, value
 
@@ -168,14 +189,14 @@ class _Attention:
     """Takes the place of one block's cross-attention: keys and values of the positive prompt in, guided z out."""
 
     nag: Nag
-    attn2: torch.nn.Module
-    entries: list  # (context, weights)
+    attn2: CrossAttention
+    entries: list[tuple[Tensor, Tensor | float]]  # (context, weights)
     rows: list[int]  # of the batch, those with the positive prompt
-    inner: object  # another pack's attn2 replacement, or None
-    others: list  # other packs' attn2 patches
+    inner: Attention | None  # another pack's attn2 replacement, or None
+    others: list[Patch]  # other packs' attn2 patches
     seen: _Seen
 
-    def __call__(self, q, k, v, extra_options):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         z = self._attend(q, k, v, extra_options)
         whole = len(self.rows) == len(q)
         positive = z if whole else z[self.rows]
@@ -190,18 +211,20 @@ class _Attention:
         z[self.rows] = guided
         return z
 
-    def _attend(self, q, k, v, extra_options):
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: Options) -> Tensor:
         if self.inner is not None:
             return self.inner(q, k, v, extra_options)
         precision = self.attn2.attn_precision
-        return optimized_attention(
+        z: Tensor = optimized_attention(
             q, k, v, self.attn2.heads, attn_precision=precision, transformer_options=extra_options
         )
+        return z
 
-    def _negative(self, q, positive, options):
+    def _negative(self, q: Tensor, positive: Tensor, options: Options) -> Tensor:
         """z- [B, tokens, C]: where the prompts' weights do not reach 1, the rest is z+, which guides nowhere."""
         pictures = len(q) // max(1, len(options.get("cond_or_uncond", [0])))
-        outputs, total = [], 0.0
+        outputs: list[tuple[Tensor, Tensor | float]] = []
+        total: Tensor | float = 0.0
         for context, weights in self.entries:
             z = self._attend(q, *self._keys(context, len(q), pictures, options), options)
             if not isinstance(weights, float):
@@ -214,7 +237,7 @@ class _Attention:
         share = 1 / (max(total, 1.0) if isinstance(total, float) else total.clamp(min=1))
         return positive + sum((z - positive) * (weights * share) for z, weights in outputs)
 
-    def _keys(self, context, rows: int, pictures: int, options):
+    def _keys(self, context: Tensor, rows: int, pictures: int, options: Options) -> tuple[Tensor, Tensor]:
         if not self.others:
             k, v = self.attn2.to_k(context), self.attn2.to_v(context)
             return _repeated(k, rows, pictures), _repeated(v, rows, pictures)
@@ -226,7 +249,7 @@ class _Attention:
         return self.attn2.to_k(context), self.attn2.to_v(value)
 
 
-def _blocks(unet):
+def _blocks(unet: UNet) -> Iterator[tuple[tuple[str, int, int], Any]]:
     """((part, number, index), transformer block) of every cross-attention, as the host numbers them."""
     middle = [] if unet.middle_block is None else [unet.middle_block]
     for part, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
@@ -237,20 +260,20 @@ def _blocks(unet):
                         yield (part, number, index), transformer
 
 
-def _positive_rows(options: dict, count: int) -> list[int]:
+def _positive_rows(options: Options, count: int) -> list[int]:
     """The rows of a batch of `count` that carry the positive prompt."""
     kinds = options.get("cond_or_uncond", [0])
     pictures = count // len(kinds)
     return [row for row in range(count) if kinds[row // pictures] == 0]
 
 
-def _repeated(tensor, rows: int, pictures: int):
+def _repeated(tensor: Tensor, rows: int, pictures: int) -> Tensor:
     """[rows, ...]: a batch of `pictures`, made from as many as there are, once for each prompt of the positive."""
     tensor = comfy.utils.repeat_to_batch_size(tensor, pictures)
     return tensor.repeat(rows // pictures, *(1,) * (tensor.ndim - 1))
 
 
-def _per_token(weights, q, options):
+def _per_token(weights: Tensor, q: Tensor, options: Options) -> Tensor:
     """Weights [B, 1, H, W] of latent pixels as [B, tokens, 1] of the block's tokens."""
     size = options["activations_shape"][-2:]
     resized = torch.nn.functional.interpolate(weights.to(q), size=size, mode="area")

@@ -3,13 +3,14 @@
 from comfy_api.latest import io
 
 from ..splam_core.nag import Nag
+from .host import Conditioning, Model
 from .nag import patch_negative
 from .options import nag_scale_input
 
 
 class SPLAMNegativePrompt(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMNegativePrompt",
             display_name="SPLAM Negative Prompt",
@@ -44,6 +45,8 @@ class SPLAMNegativePrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, negative, nag_scale, nag_tau, nag_alpha) -> io.NodeOutput:
+    def execute(
+        cls, model: Model, negative: Conditioning, nag_scale: float, nag_tau: float, nag_alpha: float
+    ) -> io.NodeOutput:
         nag = Nag(nag_scale, nag_tau, nag_alpha)
         return io.NodeOutput(patch_negative(model, negative, nag, "SPLAM Negative Prompt"))

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..splam_core.nag import Nag
 from .few_step import check_latent, check_steps, sample_splam, splam_sigmas
+from .host import Conditioning, Latent, Model
 from .nag import patch_negative
 from .options import denoise_input, nag_scale_input, refinements_input, steps_input
 from .parametrisation import as_consistency_model
@@ -16,7 +17,7 @@ from .parametrisation import as_consistency_model
 
 class SPLAMSampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMSampler",
             display_name="SPLAM Sampler",
@@ -76,17 +77,17 @@ class SPLAMSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        positive,
-        latent_image,
-        seed,
-        steps,
-        denoise,
-        negative=None,
-        guidance=1.0,
-        refinements=0,
-        nag_scale=1.0,
-    ):
+        model: Model,
+        positive: Conditioning,
+        latent_image: Latent,
+        seed: int,
+        steps: int,
+        denoise: float,
+        negative: Conditioning | None = None,
+        guidance: float = 1.0,
+        refinements: int = 0,
+        nag_scale: float = 1.0,
+    ) -> io.NodeOutput:
         check_steps("SPLAM Sampler", steps, denoise)
         for name, value in (("guidance", guidance), ("nag_scale", nag_scale)):
             if value > 1 and negative is None:

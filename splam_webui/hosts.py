@@ -17,6 +17,8 @@ INFOTEXT = "SPLAM guidance"
 NAG_INFOTEXT = "SPLAM NAG scale"
 FORCED, AS_SET = "1", "as set"
 
+Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]  # (q, k, v, options) -> z
+
 
 def register_sampler(data: Any) -> None:
     """Put a SamplerData into the host's lists, in place of one of the same name; safe to repeat on "Reload UI".
@@ -78,17 +80,18 @@ def one_weight_for_all() -> bool:
     return has_patcher()
 
 
-def attention_function() -> Callable:
+def attention_function() -> Callable[..., Tensor]:
     """Forge's or reForge's attention(q, k, v, heads), in the implementation that it chose for this machine."""
     try:
         from backend.attention import attention_function as attention
     except ImportError:
         from ldm_patched.ldm.modules.attention import optimized_attention as attention
-    return attention
+    chosen: Callable[..., Tensor] = attention
+    return chosen
 
 
 @contextmanager
-def attention_replaced(replacement: Callable[[Any, Callable | None], Callable]) -> Iterator[None]:
+def attention_replaced(replacement: Callable[[Any, Attention | None], Attention]) -> Iterator[None]:
     """While sampling in Forge or reForge: replacement(attn2, the one that is there or None) for every cross-attention,
     in the unet patcher's options."""
     unet = shared.sd_model.forge_objects.unet

@@ -31,13 +31,13 @@ class Negative:
 
         Raises ValueError where a batch's negative prompts differ and its rows are not one for each picture.
         """
-        found = prompt_parser.reconstruct_cond_batch(self.schedules, self.step())
-        found = (found["crossattn"] if isinstance(found, dict) else found).to(like)  # a dict with SDXL
-        if all(torch.equal(row, found[0]) for row in found[1:]):
-            return found[:1].expand(len(like), -1, -1)
-        if len(like) != len(found):
+        found: Any = prompt_parser.reconstruct_cond_batch(self.schedules, self.step())
+        rows: Tensor = (found["crossattn"] if isinstance(found, dict) else found).to(like)  # a dict with SDXL
+        if all(torch.equal(row, rows[0]) for row in rows[1:]):
+            return rows[:1].expand(len(like), -1, -1)
+        if len(like) != len(rows):
             raise ValueError(UNLIKE)
-        return found
+        return rows
 
 
 @contextmanager
@@ -59,19 +59,20 @@ def guided(nag: Nag, negative: Negative) -> Iterator[None]:
 class _Replacement:
     """Forge and reForge: what is put in the place of a block's cross-attention, around another replacement's if any."""
 
-    def __init__(self, nag: Nag, negative: Negative, attn2: Any, inner: Callable | None) -> None:
+    def __init__(self, nag: Nag, negative: Negative, attn2: Any, inner: hosts.Attention | None) -> None:
         self.nag, self.negative, self.attn2, self.inner = nag, negative, attn2, inner
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         context = self.negative.rows(q)
         keys, values = self.attn2.to_k(context), self.attn2.to_v(context)
         return normalized_attention(self._attend(q, k, v, options), self._attend(q, keys, values, options), self.nag)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         if self.inner is not None:
             return self.inner(q, k, v, options)
         precision = {"attn_precision": options["attn_precision"]} if "attn_precision" in options else {}
-        return hosts.attention_function()(q, k, v, self.attn2.heads, **precision)
+        z: Tensor = hosts.attention_function()(q, k, v, self.attn2.heads, **precision)
+        return z
 
 
 @contextmanager
@@ -83,11 +84,11 @@ def _hooked(attn2: Any, nag: Nag, negative: Negative) -> Iterator[None]:
     """
     seen: dict[str, Any] = {}
 
-    def remember(_: Any, args: tuple, keywords: dict) -> None:
+    def remember(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if "negative" not in seen:
             seen["call"] = args, keywords
 
-    def guide(_: Any, args: tuple) -> tuple | None:
+    def guide(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if "negative" in seen:  # the second run
             seen["negative"] = args[0]
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -51,7 +51,15 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         padding = sigmas[:1].expand(max(0, steps - len(sigmas)))
         return torch.cat([padding, sigmas, torch.zeros(1)])
 
-    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+    def sample(
+        self,
+        p: Any,
+        x: Tensor,
+        conditioning: Any,
+        unconditional_conditioning: Any,
+        steps: int | None = None,
+        image_conditioning: Tensor | None = None,
+    ) -> Tensor:
         """Latents from unit noise x."""
         self.timesteps = self.pick_timesteps(p, steps or p.steps, 1.0)
         sigma = self.get_sigmas(p, len(self.timesteps))[0].item()
@@ -59,27 +67,45 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         if not shared.opts.sgm_noise_multiplier:
             x = x * ((1 + sigma**2) ** 0.5 / sigma)
         with self.guidance(p, conditioning, unconditional_conditioning) as negative:
-            return super().sample(p, x, conditioning, negative, len(self.timesteps), image_conditioning)
+            latents: Tensor = super().sample(p, x, conditioning, negative, len(self.timesteps), image_conditioning)
+            return latents
 
     def sample_img2img(
-        self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None
-    ):
+        self,
+        p: Any,
+        x: Tensor,
+        noise: Tensor,
+        conditioning: Any,
+        unconditional_conditioning: Any,
+        steps: int | None = None,
+        image_conditioning: Tensor | None = None,
+    ) -> Tensor:
         """Latents from an image's x, in the number of steps asked for, as in diffusers: strength cuts the grid."""
         self.timesteps = self.pick_timesteps(p, steps or p.steps, p.denoising_strength)
         if len(self.timesteps) == 0:
             return x
         # With a number of steps given, the host runs exactly these, whatever its setting "do exactly the amount" says.
         with self.guidance(p, conditioning, unconditional_conditioning) as negative:
-            return super().sample_img2img(p, x, noise, conditioning, negative, len(self.timesteps), image_conditioning)
+            count = len(self.timesteps)
+            latents: Tensor = super().sample_img2img(p, x, noise, conditioning, negative, count, image_conditioning)
+            return latents
 
-    def few_steps(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+    def few_steps(
+        self,
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+    ) -> Tensor:
         """What the host runs in place of a k-diffusion function. x: [B, ...], noised to sigmas[0]; returns x0."""
         table = self.model_wrap.sigmas.detach().float().cpu()
         schedule = NoiseSchedule(1 / (1 + table**2))
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
             sigma = table[t.cpu()].to(x)
-            x0 = model(z / broadcast_to(schedule.alpha(t), z).to(z), sigma, **extra_args)
+            x0: Tensor = model(z / broadcast_to(schedule.alpha(t), z).to(z), sigma, **(extra_args or {}))
             c_skip, c_out = (broadcast_to(c.to(x), z) for c in boundary_scalings(t))
             return c_skip * z + c_out * x0
 
@@ -89,9 +115,11 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
                 callback(at | {"sigma": sigmas[step], "sigma_hat": sigmas[step]})
 
         def noise(z: Tensor, _: int) -> Tensor:
-            return self.p.rng.next().to(z)  # the host's own, so that a batch equals its pictures made one by one
+            drawn: Tensor = self.p.rng.next()  # the host's own, so that a batch equals its pictures made one by one
+            return drawn.to(z)
 
         timesteps = self.timesteps
+        assert timesteps is not None  # picked by what called the host, which calls this
         return sample(denoise, x * schedule.alpha(timesteps[0]).to(x), timesteps, schedule, noise, report)
 
     def pick_timesteps(self, p: Any, steps: int, strength: float) -> Tensor:
