@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from .denoiser import Denoiser
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, Network
+from .draws import draw_timesteps, draws, sample_gamma
 from .objective import METHODS, Objective, l2, pseudo_huber, subpath_for
+from .sampler import add_noise
 from .schedule import NoiseSchedule
-from .solver import SOLVERS
+from .solver import SOLVERS, Teacher
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -102,3 +107,31 @@ class Recipe:
         denoiser = Denoiser(schedule, prediction_type, self.conditioning, subpath)
         distance = l2 if self.loss_type == "l2" else partial(pseudo_huber, c=self.huber_c)
         return Objective(denoiser, self.method, self.skip, self.solver_skip, distance, self.solver)
+
+    def loss(
+        self,
+        objective: Objective,
+        student: Network,
+        target: Network,
+        teacher: Teacher,
+        latents: Tensor,
+        seed: int,
+        indices: range,
+    ) -> Tensor:
+        """Algorithm 1's loss [], the mean over the samples of these indices, whose latents are [B, C, h, w].
+
+        Noise, timesteps and gammas are those that `draws` gives a run of this seed for the indices.
+        """
+        schedule = objective.denoiser.schedule
+        noise, u_t, u_gamma = (_to(part, latents.device) for part in draws(seed, indices, latents.shape[1:]))
+        t = draw_timesteps(u_t, schedule.num_train_timesteps, self.timestep_power)
+        gamma = sample_gamma(u_gamma, self.gamma_one_probability)
+        x_t = add_noise(latents, noise, t, schedule)
+        loss = objective(student, target, teacher, x_t, t, gamma)
+        assert isinstance(loss, Tensor)
+        return loss.mean()
+
+
+def _to(part: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory a copy is not waited for.
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

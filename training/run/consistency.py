@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from splam_core import Objective, add_noise, draw_timesteps, draws, predict_epsilon, sample_gamma
+from splam_core import Objective, predict_epsilon
 
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.sampling import guided_output
@@ -34,25 +34,15 @@ class Consistency:
     def losses(self, latents: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[str, Tensor]]:
         """("student", its loss [], the mean over a batch of samples): latents [B, C, h, w] are those of `indices`."""
         config, teacher, schedule = self.config, self.teacher, self.teacher.schedule
-        drawn = draws(config.seed, indices, latents.shape[1:])
-        noise, u_t, u_gamma = (_to(part, latents.device) for part in drawn)
-        t = draw_timesteps(u_t, schedule.num_train_timesteps, config.timestep_power)
-        gamma = sample_gamma(u_gamma, config.gamma_one_probability)
-        x_t = add_noise(latents, noise, t, schedule)
 
         def guided_epsilon(x: Tensor, t: Tensor) -> Tensor:
             output = guided_output(teacher, x, t, conditioning, self.negative, config.guidance_scale)
             return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), teacher.prediction_type)
 
         student, target = (self.networks.net(role, conditioning) for role in ("student", "target"))
-        yield "student", self.objective(student, target, guided_epsilon, x_t, t, gamma).mean()
+        yield "student", config.loss(self.objective, student, target, guided_epsilon, latents, config.seed, indices)
 
 
 def plain_attention(device: torch.device) -> contextlib.AbstractContextManager:
     """On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
-def _to(part: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory a copy is not waited for.
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
