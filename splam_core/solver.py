@@ -77,6 +77,29 @@ def solver_path(
     return path
 
 
+def draw_latents(teacher: Teacher, noise: Tensor, schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Latents [B, ...] from noise [B, ...]: `steps` of DPM-Solver++(2M) (Lu et al., 2022) down to no noise at all.
+
+    On the trailing timesteps (1000, 900, .. of ten, less one); the first and the last step are of first order.
+    """
+    last = schedule.num_train_timesteps
+    # In float64, and rounded: as numpy does for the schedulers of diffusers.
+    grid = [round(last - i * last / steps) - 1 for i in range(steps)]
+    x, before = noise, None
+    for t, s in zip(grid, [*grid[1:], None], strict=True):
+        here = torch.full((len(x),), t, device=x.device)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        x0 = predict_x0(teacher(x, here), x, alpha, sigma, "epsilon")
+        if s is None:
+            return x0
+        log_snr, then = (alpha / sigma).log(), (schedule.alpha(s) / schedule.sigma(s)).log()
+        h = then - log_snr
+        d = x0 if before is None else x0 + (x0 - before[0]) * (h / (log_snr - before[1]) / 2)
+        x = (schedule.sigma(s) / sigma) * x - schedule.alpha(s) * torch.expm1(-h) * d
+        before = x0, log_snr
+    return x
+
+
 def _second_order(
     epsilon: Tensor, x0: Tensor, x0_before: Tensor, t_before: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule
 ) -> Tensor:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load, save
 from torch import Tensor
+
+from splam_core import predict_epsilon
+from splam_core.solver import draw_latents
 
 from ..files import write_whole
 from ..models.pipeline import DTYPES, Pipeline
@@ -141,18 +143,16 @@ def teacher_latents(
 
     Picture i depends on its prompt and seeds[i]; in the batch's company, on rounding too.
     """
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        {**pipeline.scheduler_config, "timestep_spacing": "trailing"}, algorithm_type="dpmsolver++", solver_order=2
-    )
-    scheduler.set_timesteps(steps, device=pipeline.device)
     shape = (pipeline.latent_shape[0], size[0] // pipeline.vae_scale, size[1] // pipeline.vae_scale)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    x = torch.stack(noise).to(pipeline.device) * scheduler.init_noise_sigma
     conditioning, negative = pipeline.encode(list(prompts), size), pipeline.unconditional(size)
-    for t in scheduler.timesteps:
-        output = guided_output(pipeline, x, t.expand(len(x)), conditioning, negative, guidance_scale)
-        x = scheduler.step(output, t, x).prev_sample
-    return x
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        output = guided_output(pipeline, x, t, conditioning, negative, guidance_scale)
+        alpha, sigma = pipeline.schedule.alpha(t), pipeline.schedule.sigma(t)
+        return predict_epsilon(output, x, alpha, sigma, pipeline.prediction_type)
+
+    return draw_latents(teacher, torch.stack(noise).to(pipeline.device), pipeline.schedule, steps)
 
 
 def write_shard(
