@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from splam_core import ema_update, gamma_embedding, release_decay_at, sinusoid_frequencies
 from splam_core.denoiser import Network
+from splam_core.lora import lora_start
 from splam_core.recipe import LORA_TARGETS
 
 from ..models.load import load_pipeline
@@ -195,7 +196,6 @@ class LoraNetworks(_Networks):
         targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft's, that there are two adapters
-            torch.manual_seed(config.seed)
             for role in ("student", "target"):
                 unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets)), role)
         self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
@@ -208,6 +208,10 @@ class LoraNetworks(_Networks):
         self.unet = unet.train()
         self.student: nn.Module = self.unet
         pipeline.unet = AdaptedUNet(self, "teacher")
+        for key, weight in self.weights("student").items():
+            name, lora, _ = key.partition(".lora_A.")
+            if lora:
+                weight.copy_(lora_start(config.seed, name, tuple(weight.shape)))
         _copy(self.weights("target"), self.weights("student"))
         self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
         self.switch("student")
