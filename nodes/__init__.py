@@ -3,6 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .custom_sampling import SPLAMSamplerSelect, SPLAMScheduler
+from .distil import SPLAMDistil
+from .distil_report import SPLAMDistilReport
 from .fetch import SPLAMFetch
 from .few_step import register
 from .loader import SPLAMLoader
@@ -16,6 +18,8 @@ class SPLAMExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register()
         return [
+            SPLAMDistil,
+            SPLAMDistilReport,
             SPLAMFetch,
             SPLAMLoader,
             SPLAMLoraLoader,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from .sources import digest
 
 
 class Order:
@@ -57,6 +58,16 @@ class Order:
                 firsts[bucket] += 1
             self._epoch = epoch, plan
         return self._epoch[1][batch - self._batches_before(epoch)]
+
+
+def held_out(total: int, largest: int, most: int) -> int:
+    """How many of `total` samples are held out: about a twentieth, `most` at most, of the largest bucket."""
+    return min(most, max(math.ceil(total / 20), min(4, total // 4)), largest - 1)
+
+
+def digest(*parts: object) -> str:
+    """16 hexadecimal digits of a SHA-256 of the parts' JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _generator(*key: object) -> torch.Generator:

@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from PIL import Image
 
 from splam_core import decisions
+from splam_core.order import Order
 from training.data import DataOptions, default_spec, open_data, samples
 from training.data.base import sift
 from training.data.images import aspect_buckets, crop, load_picture, nearest_bucket, picture_size
 from training.data.latents import Encoder, teacher_latents
-from training.data.order import Order
 from training.data.prompts import compose
 from training.data.samples import PROMPTS
 from training.data.sources import Record, Skip, open_source

@@ -1,6 +1,6 @@
 """The prompts that training falls back on when it is given no data: phrases put together by hand-written patterns.
 
-    python -m training.data.prompts > training/data/prompts.txt
+    python -m training.data.prompts > assets/prompts.txt
 
 Each family of subjects has patterns whose slots only take phrases that fit. The list is always the same.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
+
+from splam_core.order import Order, held_out
 
 from ..files import write_whole
 from ..models.pipeline import Pipeline
@@ -41,11 +42,10 @@ from .latents import (
     write_shard,
 )
 from .options import DataOptions
-from .order import Order
 from .sources import Listing, Skip, digest
 
 log = logging.getLogger(__name__)
-PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # what is trained on without --data
+PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts.txt"  # what is trained on without --data
 MEMORY = 2**30  # bytes of samples that are kept in memory
 SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
 
@@ -61,8 +61,8 @@ class KnownData(TrainingData):
             raise ValueError(f"{self.spec} holds nothing to train on{left_out}. Check the filters of the options.")
         largest = max(buckets, key=lambda size: (len(buckets[size]), size))
         scenes = self.spec == "embedded" and total > self.options.num_held_out  # made for it, beyond the pool
-        most = total if scenes else max(math.ceil(total / 20), min(4, total // 4))
-        held = min(self.options.num_held_out, most, len(buckets[largest]) - 1)
+        most, size = self.options.num_held_out, len(buckets[largest])
+        held = min(most, size - 1) if scenes else held_out(total, size, most)
         kept = len(buckets[largest]) - held
         self._held, rest = buckets[largest][kept:], buckets[largest][:kept]
         self._buckets = [*(ids for size, ids in sorted(buckets.items()) if size != largest), rest]

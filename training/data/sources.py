@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -11,6 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from splam_core.order import digest
 
 from ..files import read_lines, read_text
 from ..models.hub import HUB_ID
@@ -68,11 +69,6 @@ class Stream:
 
 
 Source = Listing | Stream
-
-
-def digest(*parts: object) -> str:
-    """16 hexadecimal digits of a SHA-256 of the parts' JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def open_source(

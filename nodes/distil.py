@@ -1,0 +1,287 @@
+"""SPLAM Distil: the checkpoint on the canvas becomes a LoRA of two to four steps."""
+
+import comfy.sd
+import torch
+from comfy_api.latest import io
+
+from ..splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
+from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
+from .distilling.host import NAME, HostUNet
+from .distilling.pictures import to_tensor
+from .distilling.prompts import read_prompts
+from .distilling.run import Run, Settings
+from .distilling.samples import Samples
+from .distilling.work import Work
+from .options import advanced
+from .parametrisation import as_consistency_model
+
+NONE = "none"
+
+
+class SPLAMDistil(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SPLAMDistil",
+            display_name="SPLAM Distil",
+            category="training/SPLAM",
+            description=(
+                "Makes a four-step LoRA of the checkpoint on the canvas, with the LoRAs that are on it. Needs no data: "
+                "the teacher draws its own pictures of the prompts. Cancel keeps what was learned; queueing the same "
+                "graph goes on."
+            ),
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher: any Stable Diffusion 1.x, 2.x or XL, LoRAs and all."),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip=(
+                        "What to learn, one prompt a line, or the name of a .txt file in the input folder. Empty: the "
+                        "4250 varied prompts that come with this pack."
+                    ),
+                ),
+                io.Int.Input("steps", default=1000, min=1, max=100000, tooltip="Optimizer steps; a few hundred show."),
+                io.Int.Input("rank", default=64, min=1, max=512, tooltip="Of the LoRA. Lower needs less memory."),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Pixels of the square pictures that the teacher draws: 512 for SD1.x, 1024 for SDXL.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="Every random number of the run is a function of it.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "guidance",
+                        default=3.0,
+                        min=1.0,
+                        max=30.0,
+                        step=0.1,
+                        tooltip="What the LoRA bakes in: as KSampler's cfg. Higher is more vivid and less varied.",
+                    )
+                ),
+                advanced(io.Int.Input("batch_size", default=4, min=1, max=1024, tooltip="Pictures at once.")),
+                advanced(
+                    io.Int.Input(
+                        "gradient_accumulation",
+                        default=4,
+                        min=1,
+                        max=1024,
+                        tooltip="Batches a step: as a larger batch, with the memory of one.",
+                    )
+                ),
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=LORA_LEARNING_RATE,
+                        min=1e-7,
+                        max=1.0,
+                        step=1e-7,
+                        round=False,
+                        tooltip="Of AdamW; it rises over the first steps and falls to zero at the end.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "recipe",
+                        options=list(RECIPES),
+                        default="default",
+                        tooltip="default: what we found best. paper: Algorithm 1 with the paper's settings.",
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "existing_lora",
+                        options=[NONE, *existing_loras()],
+                        default=NONE,
+                        tooltip="A LoRA of SPLAM Distil or distill.py to begin with, of the same rank.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "pictures_per_prompt",
+                        default=1,
+                        min=1,
+                        max=1000,
+                        tooltip="How many the teacher draws of each prompt: more for a short list.",
+                    )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "gradient_checkpointing",
+                        default=True,
+                        tooltip="Much less memory, a third slower.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "preview_every",
+                        default=50,
+                        min=0,
+                        max=100000,
+                        tooltip="Steps between two pictures of teacher and student on the node; 0 for none.",
+                    )
+                ),
+                advanced(
+                    io.Int.Input(
+                        "autosave_every",
+                        default=50,
+                        min=1,
+                        max=100000,
+                        tooltip="Steps between two autosaves in output/splam.",
+                    )
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Reads the prompts; from the checkpoint's loader."),
+                io.Vae.Input("vae", optional=True, tooltip="For the pictures on the node; without it rough colours."),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="A prepared set instead of prompts, as for Train LoRA."
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="Encoded pictures to learn from, one for each conditioning; none: the teacher draws.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with its new LoRA, ready for SPLAM Sampler at 2 to 4 steps."),
+                io.Custom("LORA_MODEL").Output(
+                    display_name="lora", tooltip="For Save LoRA Weights and Load LoRA Model."
+                ),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
+                io.Int.Output(display_name="steps", tooltip="Steps that were made, for Save LoRA Weights."),
+                io.Image.Output(display_name="report", tooltip="Teacher beside student, and the loss curve."),
+            ],
+            hidden=[io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        prompts,
+        steps,
+        rank,
+        resolution,
+        seed,
+        guidance,
+        batch_size,
+        gradient_accumulation,
+        learning_rate,
+        recipe,
+        existing_lora,
+        pictures_per_prompt,
+        gradient_checkpointing,
+        preview_every,
+        autosave_every,
+        clip=None,
+        vae=None,
+        positive=None,
+        latents=None,
+    ) -> io.NodeOutput:
+        # The paper's way of telling gamma needs a weight that no host's UNet has; the other one needs none.
+        chosen = {**RECIPES[recipe[0]], "gamma_conditioning": "noise-level", "guidance_scale": guidance[0]}
+        settings = Settings(
+            recipe=Recipe(**chosen),
+            steps=steps[0],
+            rank=rank[0],
+            batch_size=batch_size[0],
+            accumulation=gradient_accumulation[0],
+            learning_rate=learning_rate[0],
+            seed=seed[0],
+        )
+        if resolution[0] % 8:
+            below = resolution[0] // 8 * 8
+            raise ValueError(
+                f"{NAME}: resolution must be a multiple of 8, got {resolution[0]}. Use {below} or {below + 8}."
+            )
+        clip, vae = (one[0] if one else None for one in (clip, vae))
+        # The host runs nodes in inference mode, whose tensors cannot be differentiated.
+        with torch.inference_mode(False), torch.no_grad():
+            host = HostUNet(model[0], gradient_checkpointing[0])
+            try:
+                samples = _samples(
+                    host, settings, prompts[0], resolution[0], pictures_per_prompt[0], clip, positive, latents
+                )
+                run = Run(host, samples, settings)
+                begun = read_lora(locate(existing_lora[0]), run.adapters) if existing_lora[0] != NONE else {}
+                for role in ("target", "release") if begun else ():
+                    run.adapters.load(role, begun)
+                start = [float(one.sum()) for one in begun.values()]
+                identity = run.identity(prompts[0], resolution[0], existing_lora[0], start, samples.identity())
+                facts = metadata(run, f"SPLAM LoRA, {identity}", _family(host), cls.hidden.prompt)
+                autosave = Autosave(identity, facts)
+                autosave.go_on(run)
+                work = Work(run, autosave, vae, samples.shape, preview_every[0], autosave_every[0])
+                role = work.finish()
+                lora = as_lora(run.adapters, role)
+                picture = to_tensor(work.picture(role))
+                losses = {"loss": list(run.losses)}
+            finally:
+                host.release()
+        patched, _ = comfy.sd.load_lora_for_models(model[0], None, lora, 1.0, 0.0)
+        return io.NodeOutput(as_consistency_model(patched), lora, losses, run.step, picture)
+
+
+def _samples(host, settings, text, resolution, again, clip, positive, latents) -> Samples:
+    """The samples that the inputs name. Raises ValueError, in their words, where something is missing."""
+    shape = (host.channels, resolution // 8, resolution // 8)
+    given = None
+    if latents:
+        given = [host.base.process_latent_in(row.clone().float()) for one in latents for row in one["samples"].clone()]
+        _check_latents(host, given)
+    if positive:
+        entries = [entry for one in positive for entry in one]
+    elif clip is None:
+        raise ValueError(
+            f"{NAME}: no CLIP is connected, which reads the prompts. Connect the checkpoint's (or, for a prepared set, "
+            "conditionings to positive)."
+        )
+    else:
+        entries = read_prompts(text)
+    count = len(given) if given else len(entries) * again
+    if given and len(entries) not in (1, len(given)):
+        what = "conditionings" if positive else "prompts"
+        raise ValueError(
+            f"{NAME}: {len(given)} latents and {len(entries)} {what} do not go together. Give one {what[:-1]} for each "
+            "latent, or one for all."
+        )
+    blank = torch.zeros(1, *(given[0].shape if given else shape))
+
+    def encode(prompt: str):
+        with torch.no_grad():
+            return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+    def tell(number: int):
+        one = entries[number % len(entries)]
+        return host.told([one] if positive else encode(one), blank)[0]
+
+    if clip is not None:
+        nothing = host.nothing(host.told(encode(""), blank, torch.float32)[0])
+    else:  # as ConditioningZeroOut
+        nothing = {name: one._copy_with(torch.zeros_like(one.cond)) for name, one in tell(0).items()}
+    return Samples(host, count, tell, nothing, shape, given, settings.batch_size, settings.seed)
+
+
+def _check_latents(host, latents) -> None:
+    for one in latents:
+        if one.ndim != 3 or one.shape[0] != host.channels or not torch.isfinite(one).all():
+            raise ValueError(
+                f"{NAME}: a latent of shape {tuple(one.shape)} does not fit, or is not finite; this MODEL's are "
+                f"[{host.channels}, h, w]. Encode the pictures with the VAE of this checkpoint."
+            )
+
+
+def _family(host) -> str:
+    config = host.base.model_config.unet_config
+    if config.get("adm_in_channels"):
+        return "sdxl"
+    return "sd2" if config.get("context_dim") == 1024 else "sd1"

@@ -1,0 +1,219 @@
+"""The UNet of a MODEL, asked outside the host's sampling and differentiated, and left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...splam_core.denoiser import predict_epsilon
+from ...splam_core.lora import LoraAdapters, is_lora_target
+from ...splam_core.order import digest
+from ...splam_core.solver import guided
+from ..parametrisation import prediction_type_of, schedule_of
+
+CHECKPOINTED = ("ResBlock", "BasicTransformerBlock")  # the host's classes whose activations are computed again
+NAME = "SPLAM Distil"
+
+# What the UNet is told of one sample: the host's names -> its COND objects.
+Told = Mapping[str, object]
+
+
+class HostUNet:
+    """A MODEL's UNet, with the patches and LoRAs that are on the MODEL.
+
+    Raises ValueError for a MODEL that is not one of discrete noise- or v-prediction, or that takes more than latents.
+    """
+
+    def __init__(self, model, checkpointing: bool):
+        sampling = model.get_model_object("model_sampling")
+        self.schedule, self.prediction_type = schedule_of(sampling), prediction_type_of(sampling)
+        self.patcher, self.checkpointing = model.clone(), checkpointing
+        self.base, self.unet = model.model, model.model.diffusion_model
+        self.channels = model.get_model_object("latent_format").latent_channels
+        wanted = getattr(self.base.model_config, "unet_config", {}).get("in_channels", self.channels)
+        if wanted != self.channels:
+            raise ValueError(
+                f"{NAME}: this MODEL takes {wanted} channels, latents have {self.channels}: it is made for inpainting "
+                "or for pictures as input. Connect a text-to-image checkpoint."
+            )
+        self.device = self.patcher.load_device
+        self.schedule = self.schedule.to(self.device)
+        dtype = self.base.manual_cast_dtype or self.base.get_dtype()
+        if dtype == torch.float16 and comfy.model_management.should_use_bf16(self.device):
+            dtype = torch.bfloat16  # the gradients of fp16 leave its range
+        # 16 bits: each operation in the type that autocast says, as the trainer has it; the weights stay as they are.
+        self.autocast = dtype if dtype in (torch.float16, torch.bfloat16) else None
+        self.dtype = torch.float32
+        if self.autocast is not None:
+            self.patcher.set_model_compute_dtype(torch.float32)
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
+        self.options = options.get("transformer_options", {})
+        # Whatever attention the host was started with: not all have a backward pass.
+        self.options.setdefault("optimized_attention_override", _plain_attention)
+
+    def layers(self) -> dict[str, torch.nn.Module]:
+        """The layers that a LoRA is trained of, by diffusers' names."""
+        names = comfy.utils.unet_to_diffusers(self.base.model_config.unet_config)
+        modules = dict(self.unet.named_modules())
+        found = {}
+        for diffusers, own in names.items():
+            name, _, kind = diffusers.rpartition(".")
+            module = modules.get(own.rpartition(".")[0])
+            if kind == "weight" and is_lora_target(name) and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                found[name] = module
+        if not found:
+            raise ValueError(f"{NAME}: this MODEL has none of Stable Diffusion's layers that a LoRA is trained of.")
+        return found
+
+    def fingerprint(self) -> str:
+        """Equal for equal weights, patches and schedules."""
+        patches = {
+            key: [[float(one[0]), str(type(one[1]).__name__)] for one in parts]
+            for key, parts in self.patcher.patches.items()
+        }
+        values = {}
+        for key, weight in self.base.state_dict().items():
+            if key in self.patcher.backup or key in patches:
+                continue  # the host may or may not have patched it yet
+            values[key] = [list(weight.shape), weight.flatten()[:8].to(torch.bfloat16).float().tolist()]
+        return digest(values, patches, self.prediction_type, float(self.schedule.alphas_cumprod.sum()))
+
+    def load(self, shape: Sequence[int]) -> None:
+        """Brings the UNet to its device, as far as the host's settings let it."""
+        needed = self.patcher.memory_required([2 * shape[0], *shape[1:]]) * (2 if self.checkpointing else 6)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+
+    def release(self) -> None:
+        """Hands the memory of the UNet back to the host."""
+        loaded = comfy.model_management.current_loaded_models
+        for one in [one for one in loaded if one.model is self.patcher]:
+            loaded.remove(one)
+            one.model_unload()
+        comfy.model_management.soft_empty_cache()
+
+    def told(self, conditioning: Sequence, latent: torch.Tensor, dtype: torch.dtype = torch.float16) -> list[Told]:
+        """What the UNet is told by each entry of a CONDITIONING, for latents like this one [1, C, h, w].
+
+        Kept on the CPU in dtype, half precision as the trainer keeps it.
+        """
+        with torch.no_grad():
+            entries = comfy.sampler_helpers.convert_cond([[one[0], dict(one[1])] for one in conditioning])
+            encoded = comfy.samplers.encode_model_conds(self.base.extra_conds, entries, latent, "cpu", "positive")
+        told = []
+        for entry in encoded:
+            conds = {name: one for name, one in entry["model_conds"].items() if isinstance(one.cond, torch.Tensor)}
+            told.append(
+                {name: one._copy_with(one.cond.detach().to("cpu", dtype, copy=True)) for name, one in conds.items()}
+            )
+        return told
+
+    def nothing(self, empty: Told) -> Told:
+        """What guidance takes for no prompt: the empty one, or zeros where the model has pooled text (SDXL)."""
+        if "y" not in empty:
+            return empty
+        blank = dict(empty)
+        for name in ("c_crossattn", "y"):
+            cond = torch.zeros_like(empty[name].cond)
+            if name == "y":  # the pooled text comes first, the sizes after it stay
+                text = self.base.model_config.unet_config["adm_in_channels"] - 6 * 256
+                cond = empty[name].cond.clone()
+                cond[:, :text] = 0
+            blank[name] = empty[name]._copy_with(cond)
+        return blank
+
+    @contextlib.contextmanager
+    def differentiable(self, adapters: LoraAdapters | None) -> Iterator[None]:
+        """The UNet can be differentiated meanwhile, with the adapters on it; after it, it is what it was.
+
+        The host must not move the UNet in between.
+        """
+        owners = [(module, name) for module in self.unet.modules() for name in module._parameters]
+        before = [module._parameters[name] for module, name in owners]
+        blocks = [m for m in self.unet.modules() if type(m).__name__ in CHECKPOINTED] if self.checkpointing else []
+        training = getattr(comfy.model_management, "in_training", None)
+        mode = self.unet.training
+        try:
+            for (module, name), parameter in zip(owners, before, strict=True):
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(_usable(parameter), requires_grad=False)
+            for block in blocks:
+                block.forward = _again(block.forward)
+            if training is not None:
+                comfy.model_management.in_training = True
+            self.unet.train(False)
+            # On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not.
+            attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+            with attention, adapters.attached() if adapters is not None else contextlib.nullcontext():
+                yield
+        finally:
+            self.unet.train(mode)
+            if training is not None:
+                comfy.model_management.in_training = training
+            for block in blocks:
+                del block.forward
+            for (module, name), parameter in zip(owners, before, strict=True):
+                module._parameters[name] = parameter
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, told: Sequence[Told]) -> torch.Tensor:
+        """The raw output [B, C, h, w], fp32, at (fractional) timesteps [B], told one thing a sample."""
+        first, rest = told[0], told[1:]
+        conds = {name: one.concat([other[name] for other in rest]) for name, one in first.items()}
+        conds = {name: cond.to(self.device, self.dtype) for name, cond in conds.items()}
+        context = conds.pop("c_crossattn", None)
+        options = {**self.options, "sigmas": self.schedule.ve_sigma(t), "cond_or_uncond": [0]}
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            output = self.unet(
+                x.to(self.device, self.dtype), t.float(), context=context, transformer_options=options, **conds
+            )
+        return output.float()
+
+    def guided_epsilon(self, told: Sequence[Told], nothing: Told, guidance_scale: float):
+        """The teacher as a function of (x [B, ...], t [B]): both prompts in one batch; 1 takes one pass."""
+
+        def teacher(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            if guidance_scale == 1:
+                output = self(x, t, told)
+            else:
+                both = self(torch.cat([x, x]), torch.cat([t, t]), [*told, *[nothing] * len(told)])
+                output = guided(*both.chunk(2), guidance_scale)
+            return predict_epsilon(output, x, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
+
+        return teacher
+
+
+def _usable(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The same memory as a tensor that autograd may keep: the host makes its weights in inference mode."""
+    if not parameter.is_inference():
+        return parameter.data
+    if type(parameter.data) is not torch.Tensor:
+        return parameter.clone()
+    alias = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    return alias.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.size(), parameter.stride())
+
+
+def _again(forward):
+    """A block's forward pass that keeps its inputs alone and is made once more in the backward pass."""
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # The host goes on writing into these options; the second time must read what the first did.
+        args = [dict(one) if isinstance(one, dict) else one for one in args]
+        kwargs = {key: dict(one) if isinstance(one, dict) else one for key, one in kwargs.items()}
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return checkpointed
+
+
+def _plain_attention(_, *args, **kwargs):
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)

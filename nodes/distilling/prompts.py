@@ -1,0 +1,33 @@
+"""The prompts of a run: what the node's text says, a file of the host's input folder, or the shipped list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from .host import NAME
+
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "prompts.txt"
+
+
+def read_prompts(text: str) -> list[str]:
+    """One a line; a text that is one name ending in .txt is a file of input/. Raises ValueError for a file without."""
+    found = _lines(text)
+    if not found:
+        return _lines(SHIPPED.read_text(encoding="utf-8"))
+    if len(found) > 1 or not found[0].lower().endswith(".txt"):
+        return found
+    home = Path(folder_paths.get_input_directory()).resolve()
+    path = (home / found[0]).resolve()
+    if not path.is_relative_to(home) or not path.is_file():
+        raise ValueError(f"{NAME}: there is no file {found[0]!r} in {home}. Put it there, or write prompts.")
+    prompts = _lines(path.read_text(encoding="utf-8", errors="replace"))
+    if not prompts:
+        raise ValueError(f"{NAME}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")
+    return prompts
+
+
+def _lines(text: str) -> list[str]:
+    """Lines that are neither empty nor begin with #."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
