@@ -57,6 +57,7 @@ class SPLAMDistil(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,  # the same graph queued again goes on
                     tooltip="Every random number of the run is a function of it.",
                 ),
                 advanced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -25,8 +26,9 @@ def lora_start(seed: int, layer: str, shape: tuple[int, ...]) -> Tensor:
     """
     key = hashlib.sha256(f"{seed} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") % 2**63)
-    bound = float(torch.Size(shape[1:]).numel()) ** -0.5
-    return (2 * torch.rand(shape, generator=generator) - 1) * bound
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    uniform: Tensor = torch.rand(shape, generator=generator)
+    return (2 * uniform - 1) * bound
 
 
 def is_lora_target(layer: str) -> bool:

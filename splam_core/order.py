@@ -23,7 +23,7 @@ class Order:
     def __init__(self, counts: Sequence[int], batch_size: int, seed: int) -> None:
         self.counts, self.batch_size, self.seed = list(counts), batch_size, seed
         self._epoch: tuple[int, list[tuple[int, int]]] | None = None
-        self._rounds: dict[int, tuple[int, Tensor | None]] = {}
+        self._rounds: dict[int, tuple[int, Tensor]] = {}
 
     def place(self, index: int) -> tuple[int, int]:
         """(bucket, sample in it) of the index-th sample of the run."""
@@ -32,7 +32,7 @@ class Order:
         turn, position = divmod(number * self.batch_size + slot, self.counts[bucket])
         if turn == 0:
             return bucket, position
-        if self._rounds.get(bucket, (0, None))[0] != turn:
+        if bucket not in self._rounds or self._rounds[bucket][0] != turn:
             generator = _generator(self.seed, "round", bucket, turn)
             self._rounds[bucket] = turn, torch.randperm(self.counts[bucket], generator=generator)
         return bucket, int(self._rounds[bucket][1][position])

@@ -139,7 +139,9 @@ class HostUNet:
         """
         owners = [(module, name) for module in self.unet.modules() for name in module._parameters]
         before = [module._parameters[name] for module, name in owners]
-        blocks = [m for m in self.unet.modules() if type(m).__name__ in CHECKPOINTED] if self.checkpointing else []
+        parts = [m for m in self.unet.modules() if type(m).__name__ in CHECKPOINTED]
+        blocks = parts if self.checkpointing else []
+        hooks = [part.register_forward_hook(_interruptible) for part in parts]
         training = getattr(comfy.model_management, "in_training", None)
         mode = self.unet.training
         try:
@@ -161,6 +163,8 @@ class HostUNet:
                 comfy.model_management.in_training = training
             for block in blocks:
                 del block.forward
+            for hook in hooks:
+                hook.remove()
             for (module, name), parameter in zip(owners, before, strict=True):
                 module._parameters[name] = parameter
 
@@ -213,6 +217,16 @@ def _again(forward):
         return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return checkpointed
+
+
+def _interruptible(_, inputs, output) -> None:
+    """Has Cancel stop a backward pass as well, which the host does not watch."""
+    if isinstance(output, torch.Tensor) and output.requires_grad:
+        output.register_hook(_stop_if_cancelled)
+
+
+def _stop_if_cancelled(_) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _plain_attention(_, *args, **kwargs):

@@ -99,4 +99,4 @@ class Samples:
 
 
 def _noise(number: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number + 1))  # the trainer counts from 1

@@ -1,0 +1,192 @@
+"""SPLAM Distil in a real server: the trainer's losses, a host left as it was, and ways to stop and go on."""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from harness.graphs import save_latent, text_to_image
+from harness.server import ServerError
+from splam_core.checkpoint import load_file, read_metadata
+
+pytestmark = pytest.mark.comfyui
+PROMPTS = (
+    "a large red star above a small blue ring",
+    "a small green square left of a large yellow circle",
+    "a large blue triangle above a small red heart",
+    "a small yellow ring right of a large green star",
+    "a large red circle left of a small blue square",
+)
+SETTINGS = {
+    **{"prompts": "\n".join(PROMPTS), "steps": 4, "rank": 4, "resolution": 128, "seed": 3, "guidance": 3.0},
+    **{"batch_size": 2, "gradient_accumulation": 1, "learning_rate": 3e-4, "recipe": "default"},
+    **{"existing_lora": "none", "pictures_per_prompt": 1, "gradient_checkpointing": False},
+    **{"preview_every": 0, "autosave_every": 1},
+}
+LOADER = {"model": {"class_type": "SPLAMLoader", "inputs": {"model_name": "embedded-teacher"}}}
+
+
+def distil(**settings) -> dict:
+    """The graph of a run, its LoRA saved by the host's node."""
+    inputs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], **SETTINGS, **settings}
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    saved = {"lora": ["distil", 1], "prefix": "loras/distilled", "steps": ["distil", 3]}
+    return {
+        **LOADER,
+        "distil": {"class_type": "SPLAMDistil", "inputs": inputs},
+        "saved_lora": {"class_type": "SaveLoRA", "inputs": saved},
+        "curve": {"class_type": "LossGraphNode", "inputs": {"loss": ["distil", 2], "filename_prefix": "loss"}},
+    }
+
+
+def picture(model: list, more: dict) -> dict:
+    """The graph that samples a MODEL of `more` in two steps."""
+    graph = save_latent(text_to_image("embedded-teacher", PROMPTS[0], seed=5, steps=2))
+    graph["sampled"]["inputs"]["model"] = model
+    return graph | more
+
+
+def latent(server, graph: dict) -> torch.Tensor:
+    return load(server.files(server.run(graph))[-1])["latent_tensor"]
+
+
+def states(server) -> list:
+    return sorted(
+        (server.folder / "output" / "splam").glob("*.state.safetensors"), key=lambda file: file.stat().st_mtime
+    )
+
+
+def losses(server) -> list[float]:
+    """Of the run that was saved last."""
+    return json.loads(read_metadata(states(server)[-1])["splam_state"])["losses"]
+
+
+@pytest.fixture(scope="module")
+def made(server):
+    """A run: the control pictures before and after it, and the picture of its MODEL."""
+    before = latent(server, picture(["model", 0], LOADER))
+    graph = distil()
+    with_lora = latent(server, picture(["distil", 0], graph))
+    return before, with_lora, losses(server)
+
+
+def test_the_losses_are_those_of_the_trainer(made, tmp_path):
+    from training.distill import distill
+    from training.run.config import parse
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = {
+        **{"teacher": "embedded", "data": tmp_path / "prompts.txt", "output-dir": tmp_path / "run", "seed": 3},
+        **{"lora-rank": 4, "train-batch-size": 2, "max-train-steps": 4, "learning-rate": 3e-4, "lr-warmup-steps": 1},
+        **{"guidance-scale": 3.0, "sample-every": 0, "validation-samples": 0, "report-to": "none"},
+        **{"cache-dir": tmp_path / "cache"},
+    }
+    distill(parse(["--lora", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]))
+    expected = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert made[2] == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of which 2e-4 was seen
+
+
+def test_the_host_is_left_as_it_was(made, server):
+    assert torch.equal(latent(server, picture(["model", 0], LOADER)), made[0])
+    assert not torch.equal(made[0], made[1])
+
+
+@pytest.mark.parametrize("loader", ["LoraLoaderModelOnly", "SPLAMLoraLoader"])
+def test_the_saved_lora_gives_the_same_picture_by_any_loader(loader, made, server):
+    name = sorted(file.name for file in (server.folder / "output" / "loras").glob("distilled_4*"))[-1]
+    inputs = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0}
+    inputs |= {"strength_clip": 1.0} if loader == "SPLAMLoraLoader" else {}
+    graph = {**LOADER, "loaded": {"class_type": loader, "inputs": inputs}}
+    assert torch.equal(latent(server, picture(["loaded", 0], graph)), made[1])
+
+
+def test_the_autosave_is_the_lora_with_the_graph_that_made_it(made, server):
+    file = states(server)[0].with_name(states(server)[0].name.replace(".state", ""))
+    metadata = read_metadata(file)
+    assert json.loads(metadata["prompt"])["distil"]["class_type"] == "SPLAMDistil"
+    assert metadata["ss_network_dim"] == "4" and metadata["splam_steps"] == "4"
+    assert all(key.startswith("lora_unet_") for key in load_file(file))
+
+
+def test_cancelling_keeps_what_was_learned_and_going_on_is_the_same_run(server):
+    whole = distil(steps=10, batch_size=1, seed=11)
+    server.run(whole)
+    expected = losses(server)
+    for file in (server.folder / "output" / "splam").glob(f"{states(server)[-1].name.split('.')[0]}*"):
+        file.unlink()
+    kept = len(states(server))
+    again = {**whole, "distil": {**whole["distil"], "inputs": {**whole["distil"]["inputs"], "preview_every": 1000}}}
+    job = server.queue(again)
+    end = time.monotonic() + 300
+    while len(states(server)) == kept and time.monotonic() < end:
+        time.sleep(0.02)
+    server.post("/interrupt", {})
+    with pytest.raises(ServerError, match="interrupted"):
+        server.wait(job)
+    assert losses(server) == expected[: len(losses(server))]
+    assert 1 <= len(losses(server)) < 10
+    server.run(again)
+    assert losses(server) == expected
+
+
+def test_a_prepared_set(server):
+    """Conditionings and latents in place of prompts, as the host's own training node takes them."""
+    nodes = {
+        **distil(prompts="", positive=["text", 0], latents=["latent", 0], steps=1, clip=None, vae=None),
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"text": PROMPTS[0], "clip": ["model", 1]}},
+        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 64, "batch_size": 3}},
+    }
+    del nodes["curve"]  # which divides by zero for a single loss
+    server.run(nodes)
+    assert len(losses(server)) == 1
+
+
+def test_a_lora_is_gone_on_from(made, server):
+    name = sorted(file.name for file in (server.folder / "output" / "loras").glob("distilled_4*"))[-1]
+    graph = distil(existing_lora=name, steps=2)
+    server.run(graph)
+    with pytest.raises(ServerError, match="has rank 4, the input rank is 2"):
+        server.run(distil(existing_lora=name, rank=2))
+
+
+SD3 = {"other": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 3.0}}}
+TEXT = {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
+TWICE = {
+    "a": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 3}},
+    "both": {
+        "class_type": "ConditioningCombine",
+        "inputs": {"conditioning_1": ["text", 0], "conditioning_2": ["text", 0]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "said"),
+    [
+        ({"clip": None}, {}, "no CLIP is connected"),
+        ({"resolution": 132}, {}, "multiple of 8, got 132. Use 128 or 136"),
+        ({"prompts": "not there.txt"}, {}, "there is no file 'not there.txt'"),
+        ({"prompts": "../models/x.txt"}, {}, "there is no file"),
+        ({"model": ["other", 0]}, SD3, "needs a Stable Diffusion model that predicts noise or v"),
+        ({"positive": ["both", 0], "latents": ["a", 0]}, TEXT | TWICE, "3 latents and 2 conditionings do not go"),
+        ({"rank": 0}, {}, "smaller than min"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(settings, more, said, server):
+    with pytest.raises(ServerError, match=said.replace("(", r"\(")):
+        server.run(distil(**settings) | more)
+
+
+def test_the_report(server):
+    inputs = {
+        **{"teacher": ["model", 0], "student": ["model", 0], "clip": ["model", 1], "vae": ["model", 2]},
+        **{"prompts": PROMPTS[0], "rows": 1, "resolution": 128, "teacher_steps": 4, "guidance": 3.0},
+    }
+    graph = {
+        **LOADER,
+        "report": {"class_type": "SPLAMDistilReport", "inputs": inputs},
+        "saved": {"class_type": "SaveImage", "inputs": {"images": ["report", 0], "filename_prefix": "report"}},
+    }
+    assert server.files(server.run(graph))[0].startswith(b"\x89PNG")
