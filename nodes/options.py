@@ -47,6 +47,8 @@ def nag_scale_input(default: float, optional: bool = False) -> io.Float.Input:
             "(normalised attention guidance). 1 is off; 3 to 8 is usual."
         ),
     )
+
+
 def advanced(widget):
     """The same input, which the page shows among the advanced ones; older hosts have no argument for it."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
