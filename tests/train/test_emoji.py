@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 
+from training.embedded import loop
 from training.embedded.autoencoder import SCALING_FACTOR
 from training.embedded.emoji import teacher
 from training.embedded.emoji.autoencoder import (
@@ -19,6 +20,7 @@ from training.embedded.emoji.autoencoder import (
 from training.embedded.emoji.judge import Targets, judge_loss, target_of
 from training.embedded.emoji.teacher import encode_scenes
 from training.embedded.emoji.text import GROUPS, WIDTH, LayoutHead, layout
+from training.embedded.loop import train
 from training.pictures import to_tensor
 from training.scenes.emoji import (
     BACKGROUNDS,
@@ -346,3 +348,26 @@ def test_opponent_colours_of_scenes_are_of_about_unit_scale_and_differ(pictures)
     assert colours.std((0, 2, 3)).min() > 0.3 and colours.std((0, 2, 3)).max() < 3
     assert likeness(colours) < 0.3
     assert opponent_colours(torch.full((1, 3, 8, 8), 0.4)).flatten().tolist() == pytest.approx([1, 0, 0])
+
+
+def test_a_slow_training_saves_between_its_reports_and_goes_on_from_there(tmp_path, monkeypatch):
+    def steps_of(count, stop_after):
+        torch.manual_seed(0)
+        module, taken = torch.nn.Linear(2, 1), []
+
+        def loss_at(step, batch):
+            if step == stop_after:
+                raise KeyboardInterrupt
+            taken.append(batch)
+            return module(torch.ones(1, 2)).square().sum()
+
+        data_from = lambda first: iter(range(first, count))  # noqa: E731
+        try:
+            reported = list(train(module, loss_at, data_from, tmp_path / "run.pt", count, 1e-2))
+        except KeyboardInterrupt:
+            reported = None
+        return taken, reported
+
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    assert steps_of(6, stop_after=4) == ([0, 1, 2, 3], None)
+    assert steps_of(6, stop_after=None) == ([4, 5], [6])

@@ -13,6 +13,8 @@ from ..files import whole_file
 from ..pictures import to_tensor
 from ..scenes.shapes import scene
 
+SAVE_SECONDS = 240  # between checkpoints at the most, as far as steps are shorter
+
 
 class Scenes(Dataset):
     """Scenes [start, stop) of a stream, each passed through `sample(image, caption, placed) -> tensors`."""
@@ -59,9 +61,10 @@ def train(
     save_every: int = 500,
     report_every: int = 50,
 ) -> Iterator[int]:
-    """AdamW with linear warm-up and cosine decay, clip 1; yields the number of steps done at every save.
+    """AdamW with linear warm-up and cosine decay, clip 1; yields the number of steps done every `save_every`.
 
-    Resumes from `checkpoint` when it is there; a resumed run takes the same batches as an uninterrupted one.
+    Saves there, and at the latest after SAVE_SECONDS. Resumes from `checkpoint` when it is there; a resumed run takes
+    the same batches as an uninterrupted one.
     """
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4)
     first = 0
@@ -75,6 +78,7 @@ def train(
         print(f"resumed {checkpoint} at step {first}", flush=True)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     running, since, seen = 0.0, time.time(), 0
+    saved = time.time()
     for step, batch in zip(range(first, steps), data_from(first), strict=False):
         progress = step / steps
         scale = min(1.0, (step + 1) / warmup) * (
@@ -103,7 +107,10 @@ def train(
                 flush=True,
             )
             running, since, seen = 0.0, time.time(), 0
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        due = (step + 1) % save_every == 0 or step + 1 == steps
+        if due or time.time() - saved >= SAVE_SECONDS:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             save_whole(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
+            saved = time.time()
+        if due:
             yield step + 1
