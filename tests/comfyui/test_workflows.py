@@ -113,7 +113,8 @@ def fits(spec: list, value) -> bool:
 
 
 def test_the_template_browser_offers_the_whole_set(server):
-    assert set(names()) == {*EMBEDDED, "splam_controlnet", "splam_dreamshaper7", "splam_sdxl_lora"}
+    real = {"splam_controlnet", "splam_dreamshaper7", "splam_sdxl_lora", "splam_distil_checkpoint"}
+    assert set(names()) == {*EMBEDDED, "splam_distil", *real}
     assert sorted(server.get("/workflow_templates")[PACK]) == names()
     for name in names():
         assert server.get(f"/api/workflow_templates/{PACK}/{name}.json") == read(name)
@@ -180,7 +181,7 @@ def test_notes_say_where_every_file_goes(name, object_info):
     text, page = notes(read(name)), (ROOT / "docs" / "workflows.md").read_text(encoding="utf-8")
     assert text.startswith("## ") and "models/" in text and "**" in text
     needed = model_files(read(name), object_info)
-    assert bool(needed) == (name not in EMBEDDED)
+    assert bool(needed) == (name not in {*EMBEDDED, "splam_distil"})
     for file in needed:
         assert file in text and file in page
     assert f"images/workflow-{name.removeprefix('splam_')}.jpg" in page and f"{name}.json" in page
@@ -317,7 +318,22 @@ def output_width(unet: dict, number: int) -> int:
     raise KeyError(number)
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - set(EMBEDDED)))
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("splam_distil")])
+def test_distilling_workflows_run_when_cut_short(name, server, object_info):
+    graph = stand_ins(to_api(read(name), object_info))
+    for node in graph.values():
+        if node["class_type"] == "SPLAMDistil":
+            node["inputs"] |= {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "resolution": 128, "rank": 4}
+            node["inputs"] |= {"pictures_per_prompt": 1, "preview_every": 0, "prompts": "a red ring\na blue star"}
+        if node["class_type"] == "SPLAMDistilReport":
+            node["inputs"] |= {"rows": 1, "resolution": 128, "teacher_steps": 4, "prompts": "a red ring"}
+    (image,) = pictures(server, graph)[str(node_titled(read(name), "Result")["id"])]
+    assert pixels(image).std() > 1
+
+
+@pytest.mark.parametrize(
+    "name", sorted(one for one in set(names()) - set(EMBEDDED) if not one.startswith("splam_distil"))
+)
 def test_a_workflow_for_real_checkpoints_runs_on_stand_ins(name, server, object_info):
     write_lora(server.folder / "models" / "loras" / "stand-in.safetensors")
     write_controlnet(server.folder / "models" / "controlnet" / "stand-in.safetensors")
