@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
-from examples.diffusers_pipeline import embedded, latents
 from harness.graphs import save_latent, text_to_image
 from harness.reference import relative_error
 from harness.server import ROOT
+from snippets.diffusers_pipeline import embedded, latents
 
 pytestmark = pytest.mark.comfyui
 PROMPT = "a large red star above a small blue ring"
@@ -26,7 +26,7 @@ def test_a_diffusers_pipeline_draws_the_same_latents(server):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "diffusers_pipeline.py"), PROMPT, str(tmp_path / "picture.png")]
+    command = [sys.executable, str(ROOT / "snippets" / "diffusers_pipeline.py"), PROMPT, str(tmp_path / "picture.png")]
     run = subprocess.run([*command, "--steps", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert Image.open(tmp_path / "picture.png").size == (128, 128)

@@ -115,5 +115,5 @@ def test_the_paper_page_names_what_is_public():
 
 
 def test_the_example_on_the_paper_page_is_the_file():
-    example = (ROOT / "examples" / "any_unet.py").read_text(encoding="utf-8")
+    example = (ROOT / "snippets" / "any_unet.py").read_text(encoding="utf-8")
     assert f"```python\n{example}```" in (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")

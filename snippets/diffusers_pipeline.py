@@ -1,7 +1,7 @@
 """A few-step model in diffusers, drawn as SPLAM Sampler draws it in ComfyUI: the same picture for the same seed.
 
-python examples/diffusers_pipeline.py "a large red star above a small blue ring" picture.png
-python examples/diffusers_pipeline.py "a cat in the snow" picture.png --model path/to/pipeline --size 512
+python snippets/diffusers_pipeline.py "a large red star above a small blue ring" picture.png
+python snippets/diffusers_pipeline.py "a cat in the snow" picture.png --model path/to/pipeline --size 512
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from examples.any_unet import draw
+from snippets.any_unet import draw
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "embedded"
 
