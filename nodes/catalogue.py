@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -120,7 +121,7 @@ def in_host_names(text: str) -> str:
     return shortened(text, MOST)
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is missing or no JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

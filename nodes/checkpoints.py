@@ -10,6 +10,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import comfy.utils
@@ -256,7 +257,7 @@ def _weights_in(folder: Path, stem: str) -> list[Path]:
     )
 
 
-def _configs(metadata: dict) -> dict:
+def _configs(metadata: dict[str, Any]) -> dict[str, Config]:
     """The parts' configurations in a file's metadata. Raises ValueError where one is no JSON object."""
     found = {part: metadata[f"splam.{part}"] for part in PARTS if f"splam.{part}" in metadata}
     for part, text in found.items():

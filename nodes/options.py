@@ -1,5 +1,7 @@
 """Inputs that more than one node has: one wording, one range."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 
@@ -49,7 +51,7 @@ def nag_scale_input(default: float, optional: bool = False) -> io.Float.Input:
     )
 
 
-def advanced(widget):
+def advanced(widget: Any) -> Any:
     """The same input, which the page shows among the advanced ones; older hosts have no argument for it."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget

@@ -173,7 +173,7 @@ def _read_pipeline(folder: Path, embedded: str | float) -> Source:
 
 
 def _read_file(file: Path, weights: StateDict, embedded: str | float) -> Source:
-    metadata = read_metadata(file)
+    metadata: dict[str, Any] = read_metadata(file)
     configs = {key.removeprefix("splam."): value for key, value in metadata.items() if key.startswith("splam.")}
     configs = {key: json.loads(value) for key, value in configs.items() if value.startswith("{")}
     said = _parametrisation(weights, metadata, configs.get("scheduler"), file)
@@ -294,9 +294,10 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file. The download is incomplete: fetch the whole folder.") from error
     except ValueError as error:
