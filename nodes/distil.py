@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ..splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
-from .distilling.host import NAME, HostUNet
+from .distilling.host import NAME, HostUNet, Told
 from .distilling.pictures import to_tensor
 from .distilling.prompts import read_prompts
 from .distilling.run import Run, Settings
 from .distilling.samples import Samples
 from .distilling.work import Work
+from .host import Clip, Conditioning, Latent, Model, Vae
 from .options import advanced
 from .parametrisation import as_consistency_model
 
@@ -20,7 +21,7 @@ NONE = "none"
 
 class SPLAMDistil(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMDistil",
             display_name="SPLAM Distil",
@@ -167,26 +168,26 @@ class SPLAMDistil(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        prompts,
-        steps,
-        rank,
-        resolution,
-        seed,
-        guidance,
-        batch_size,
-        gradient_accumulation,
-        learning_rate,
-        recipe,
-        existing_lora,
-        pictures_per_prompt,
-        gradient_checkpointing,
-        preview_every,
-        autosave_every,
-        clip=None,
-        vae=None,
-        positive=None,
-        latents=None,
+        model: list[Model],
+        prompts: list[str],
+        steps: list[int],
+        rank: list[int],
+        resolution: list[int],
+        seed: list[int],
+        guidance: list[float],
+        batch_size: list[int],
+        gradient_accumulation: list[int],
+        learning_rate: list[float],
+        recipe: list[str],
+        existing_lora: list[str],
+        pictures_per_prompt: list[int],
+        gradient_checkpointing: list[bool],
+        preview_every: list[int],
+        autosave_every: list[int],
+        clip: list[Clip] | None = None,
+        vae: list[Vae] | None = None,
+        positive: list[Conditioning] | None = None,
+        latents: list[Latent] | None = None,
     ) -> io.NodeOutput:
         # The paper's way of telling gamma needs a weight that no host's UNet has; the other one needs none.
         chosen = {**RECIPES[recipe[0]], "gamma_conditioning": "noise-level", "guidance_scale": guidance[0]}
@@ -204,13 +205,13 @@ class SPLAMDistil(io.ComfyNode):
             raise ValueError(
                 f"{NAME}: resolution must be a multiple of 8, got {resolution[0]}. Use {below} or {below + 8}."
             )
-        clip, vae = (one[0] if one else None for one in (clip, vae))
+        reader, decoder = (one[0] if one else None for one in (clip, vae))
         # The host runs nodes in inference mode, whose tensors cannot be differentiated.
         with torch.inference_mode(False), torch.no_grad():
             host = HostUNet(model[0], gradient_checkpointing[0])
             try:
                 samples = _samples(
-                    host, settings, prompts[0], resolution[0], pictures_per_prompt[0], clip, positive, latents
+                    host, settings, prompts[0], resolution[0], pictures_per_prompt[0], reader, positive, latents
                 )
                 run = Run(host, samples, settings)
                 begun = read_lora(locate(existing_lora[0]), run.adapters) if existing_lora[0] != NONE else {}
@@ -221,7 +222,7 @@ class SPLAMDistil(io.ComfyNode):
                 facts = metadata(run, f"SPLAM LoRA, {identity}", _family(host), cls.hidden.prompt)
                 autosave = Autosave(identity, facts)
                 autosave.go_on(run)
-                work = Work(run, autosave, vae, samples.shape, preview_every[0], autosave_every[0])
+                work = Work(run, autosave, decoder, samples.shape, preview_every[0], autosave_every[0])
                 role = work.finish()
                 lora = as_lora(run.adapters, role)
                 picture = to_tensor(work.picture(role))
@@ -232,7 +233,16 @@ class SPLAMDistil(io.ComfyNode):
         return io.NodeOutput(as_consistency_model(patched), lora, losses, run.step, picture)
 
 
-def _samples(host, settings, text, resolution, again, clip, positive, latents) -> Samples:
+def _samples(
+    host: HostUNet,
+    settings: Settings,
+    text: str,
+    resolution: int,
+    again: int,
+    clip: Clip | None,
+    positive: list[Conditioning] | None,
+    latents: list[Latent] | None,
+) -> Samples:
     """The samples that the inputs name. Raises ValueError, in their words, where something is missing."""
     shape = (host.channels, resolution // 8, resolution // 8)
     given = None
@@ -257,11 +267,12 @@ def _samples(host, settings, text, resolution, again, clip, positive, latents) -
         )
     blank = torch.zeros(1, *(given[0].shape if given else shape))
 
-    def encode(prompt: str):
+    def encode(prompt: str) -> Conditioning:
+        assert clip is not None  # where there is none, the conditionings were given
         with torch.no_grad():
             return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
-    def tell(number: int):
+    def tell(number: int) -> Told:
         one = entries[number % len(entries)]
         return host.told([one] if positive else encode(one), blank)[0]
 
@@ -272,7 +283,7 @@ def _samples(host, settings, text, resolution, again, clip, positive, latents) -
     return Samples(host, count, tell, nothing, shape, given, settings.batch_size, settings.seed)
 
 
-def _check_latents(host, latents) -> None:
+def _check_latents(host: HostUNet, latents: list[torch.Tensor]) -> None:
     for one in latents:
         if one.ndim != 3 or one.shape[0] != host.channels or not torch.isfinite(one).all():
             raise ValueError(
@@ -281,7 +292,7 @@ def _check_latents(host, latents) -> None:
             )
 
 
-def _family(host) -> str:
+def _family(host: HostUNet) -> str:
     config = host.base.model_config.unet_config
     if config.get("adm_in_channels"):
         return "sdxl"

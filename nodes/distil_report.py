@@ -1,5 +1,8 @@
 """SPLAM Distil Report: teacher and student at several steps for the same prompts and seeds, as one picture."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import comfy.model_management
 import comfy.utils
 import torch
@@ -11,6 +14,7 @@ from .distilling.host import HostUNet
 from .distilling.judging import endpoint_error, teacher_ends
 from .distilling.pictures import sheet, student_latents, teacher_latents, to_images, to_tensor
 from .distilling.prompts import read_prompts
+from .host import Clip, Conditioning, Model, Vae
 
 NAME = "SPLAM Distil Report"
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -19,7 +23,7 @@ ROWS = 8  # prompts of a report at most
 
 class SPLAMDistilReport(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SPLAMDistilReport",
             display_name="SPLAM Distil Report",
@@ -62,7 +66,17 @@ class SPLAMDistilReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, teacher, student, clip, vae, prompts, rows, resolution, teacher_steps, guidance, loss_map=None
+        cls,
+        teacher: Model,
+        student: Model,
+        clip: Clip,
+        vae: Vae,
+        prompts: str,
+        rows: int,
+        resolution: int,
+        teacher_steps: int,
+        guidance: float,
+        loss_map: dict[str, list[float]] | None = None,
     ) -> io.NodeOutput:
         if resolution % 8:
             raise ValueError(
@@ -74,9 +88,9 @@ class SPLAMDistilReport(io.ComfyNode):
             first = HostUNet(teacher, checkpointing=False)
             shape = (first.channels, resolution // 8, resolution // 8)
             blank = torch.zeros(1, *shape)
-            told, nothing = ([first.told(one, blank, torch.float32)[0] for one in read(clip, group)] for group in
+            told, empty = ([first.told(one, blank, torch.float32)[0] for one in read(clip, group)] for group in
                              (chosen, [""]))  # fmt: skip
-            nothing = first.nothing(nothing[0])
+            nothing = first.nothing(empty[0])
             with _ready(first, shape):
                 latents = teacher_latents(first, told, nothing, shape, guidance, teacher_steps)
                 bar.update(1)
@@ -98,7 +112,7 @@ class SPLAMDistilReport(io.ComfyNode):
         return io.NodeOutput(to_tensor(sheet(columns, lines, losses)), error)
 
 
-def read(clip, prompts):
+def read(clip: Clip, prompts: Sequence[str]) -> list[Conditioning]:
     return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts]
 
 
@@ -113,6 +127,6 @@ class _ready:
     def __enter__(self) -> None:
         self.inner.__enter__()
 
-    def __exit__(self, *what) -> None:
+    def __exit__(self, *what: Any) -> None:
         self.inner.__exit__(*what)
         self.host.release()

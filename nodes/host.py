@@ -8,6 +8,7 @@ Vae: TypeAlias = Any  # comfy.sd.VAE
 Conditioning: TypeAlias = Any  # list of [context, options]
 Latent: TypeAlias = Any  # dict of samples, and noise_mask and batch_index where there are any
 ModelSampling: TypeAlias = Any  # of comfy.model_sampling: a MODEL's noise levels and what its output means
+Cond: TypeAlias = Any  # of comfy.conds: one of the things that a UNet is told
 UNet: TypeAlias = Any  # comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
 CrossAttention: TypeAlias = Any  # comfy.ldm.modules.attention.CrossAttention
 WrappedModel: TypeAlias = Any  # of comfy.samplers, KSamplerX0Inpaint: a MODEL as k-diffusion samplers call it

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -19,13 +20,15 @@ from ...splam_core.denoiser import predict_epsilon
 from ...splam_core.lora import LoraAdapters, is_lora_target
 from ...splam_core.order import digest
 from ...splam_core.solver import guided
+from ..host import Cond, Conditioning, Model
 from ..parametrisation import prediction_type_of, schedule_of
 
 CHECKPOINTED = ("ResBlock", "BasicTransformerBlock")  # the host's classes whose activations are computed again
 NAME = "SPLAM Distil"
 
 # What the UNet is told of one sample: the host's names -> its COND objects.
-Told = Mapping[str, object]
+Told = Mapping[str, Cond]
+Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, t) -> epsilon
 
 
 class HostUNet:
@@ -34,7 +37,7 @@ class HostUNet:
     Raises ValueError for a MODEL that is not one of discrete noise- or v-prediction, or that takes more than latents.
     """
 
-    def __init__(self, model, checkpointing: bool):
+    def __init__(self, model: Model, checkpointing: bool):
         sampling = model.get_model_object("model_sampling")
         self.schedule, self.prediction_type = schedule_of(sampling), prediction_type_of(sampling)
         self.patcher, self.checkpointing = model.clone(), checkpointing
@@ -65,7 +68,7 @@ class HostUNet:
         """The layers that a LoRA is trained of, by diffusers' names."""
         names = comfy.utils.unet_to_diffusers(self.base.model_config.unet_config)
         modules = dict(self.unet.named_modules())
-        found = {}
+        found: dict[str, torch.nn.Module] = {}
         for diffusers, own in names.items():
             name, _, kind = diffusers.rpartition(".")
             module = modules.get(own.rpartition(".")[0])
@@ -101,7 +104,7 @@ class HostUNet:
             one.model_unload()
         comfy.model_management.soft_empty_cache()
 
-    def told(self, conditioning: Sequence, latent: torch.Tensor, dtype: torch.dtype = torch.float16) -> list[Told]:
+    def told(self, conditioning: Conditioning, latent: torch.Tensor, dtype: torch.dtype = torch.float16) -> list[Told]:
         """What the UNet is told by each entry of a CONDITIONING, for latents like this one [1, C, h, w].
 
         Kept on the CPU in dtype, half precision as the trainer keeps it.
@@ -109,7 +112,7 @@ class HostUNet:
         with torch.no_grad():
             entries = comfy.sampler_helpers.convert_cond([[one[0], dict(one[1])] for one in conditioning])
             encoded = comfy.samplers.encode_model_conds(self.base.extra_conds, entries, latent, "cpu", "positive")
-        told = []
+        told: list[Told] = []
         for entry in encoded:
             conds = {name: one for name, one in entry["model_conds"].items() if isinstance(one.cond, torch.Tensor)}
             told.append(
@@ -176,12 +179,12 @@ class HostUNet:
         context = conds.pop("c_crossattn", None)
         options = {**self.options, "sigmas": self.schedule.ve_sigma(t), "cond_or_uncond": [0]}
         with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            output = self.unet(
+            output: torch.Tensor = self.unet(
                 x.to(self.device, self.dtype), t.float(), context=context, transformer_options=options, **conds
             )
         return output.float()
 
-    def guided_epsilon(self, told: Sequence[Told], nothing: Told, guidance_scale: float):
+    def guided_epsilon(self, told: Sequence[Told], nothing: Told, guidance_scale: float) -> Teacher:
         """The teacher as a function of (x [B, ...], t [B]): both prompts in one batch; 1 takes one pass."""
 
         def teacher(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -189,7 +192,8 @@ class HostUNet:
                 output = self(x, t, told)
             else:
                 both = self(torch.cat([x, x]), torch.cat([t, t]), [*told, *[nothing] * len(told)])
-                output = guided(*both.chunk(2), guidance_scale)
+                conditional, unconditional = both.chunk(2)
+                output = guided(conditional, unconditional, guidance_scale)
             return predict_epsilon(output, x, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
 
         return teacher
@@ -205,29 +209,29 @@ def _usable(parameter: torch.nn.Parameter) -> torch.Tensor:
     return alias.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.size(), parameter.stride())
 
 
-def _again(forward):
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's forward pass that keeps its inputs alone and is made once more in the backward pass."""
 
-    def checkpointed(*args, **kwargs):
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # The host goes on writing into these options; the second time must read what the first did.
-        args = [dict(one) if isinstance(one, dict) else one for one in args]
+        kept = [dict(one) if isinstance(one, dict) else one for one in args]
         kwargs = {key: dict(one) if isinstance(one, dict) else one for key, one in kwargs.items()}
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return torch.utils.checkpoint.checkpoint(forward, *kept, use_reentrant=False, **kwargs)
 
     return checkpointed
 
 
-def _interruptible(_, inputs, output) -> None:
+def _interruptible(_: torch.nn.Module, inputs: Any, output: Any) -> None:
     """Has Cancel stop a backward pass as well, which the host does not watch."""
     if isinstance(output, torch.Tensor) and output.requires_grad:
         output.register_hook(_stop_if_cancelled)
 
 
-def _stop_if_cancelled(_) -> None:
+def _stop_if_cancelled(_: torch.Tensor) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _plain_attention(_, *args, **kwargs):
+def _plain_attention(_: Any, *args: Any, **kwargs: Any) -> Any:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)

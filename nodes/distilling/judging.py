@@ -51,8 +51,9 @@ def endpoint_error(host: HostUNet, denoiser: Denoiser, told: Sequence[Told], end
     square = 0.0
     for one, place in zip(told, ends, strict=True):
 
-        def net(x, t, _, one=one):
+        def net(x: torch.Tensor, t: torch.Tensor, _: torch.Tensor | None, one: Told = one) -> torch.Tensor:
             return host(x, t, [one])
 
         square += float((denoiser(net, place.x_t, None, None, place.t) - place.end).square().mean())
-    return (square / max(1, len(ends))) ** 0.5
+    rms: float = (square / max(1, len(ends))) ** 0.5
+    return rms

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ...splam_core.denoiser import Denoiser
 from ...splam_core.sampler import fresh_noise, sample
 from ...splam_core.schedule import few_step_timesteps
 from ...splam_core.solver import draw_latents
+from ..host import Vae
 from .host import HostUNet, Told
 
 STUDENT_STEPS, TEACHER_STEPS = 4, 20
@@ -30,12 +32,14 @@ def teacher_latents(
 
 
 @torch.no_grad()
-def student_latents(host: HostUNet, denoiser, told: Sequence[Told], shape: tuple[int, int, int], steps: int):
+def student_latents(
+    host: HostUNet, denoiser: Denoiser, told: Sequence[Told], shape: tuple[int, int, int], steps: int
+) -> torch.Tensor:
     """[B, C, h, w] on the CPU, picture i from seed i, as SPLAM Sampler makes it. The UNet is the student's."""
     made = []
     for seed, one in enumerate(told):
 
-        def denoise(x, t, one=one):
+        def denoise(x: torch.Tensor, t: torch.Tensor, one: Told = one) -> torch.Tensor:
             return denoiser(lambda x, t, _: host(x, t, [one]), x, None, None, t)
 
         timesteps = few_step_timesteps(steps, num_train_timesteps=host.schedule.num_train_timesteps)
@@ -48,7 +52,7 @@ def _noise(seed: int, shape: tuple[int, int, int], host: HostUNet) -> torch.Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None].to(host.device)
 
 
-def to_images(host: HostUNet, vae, latents: torch.Tensor, side: int = 256) -> list[Image.Image]:
+def to_images(host: HostUNet, vae: Vae | None, latents: torch.Tensor, side: int = 256) -> list[Image.Image]:
     """Latents [B, C, h, w] of the UNet's scale as pictures: the VAE's, or without one the host's rough colours."""
     if vae is not None:
         pixels = vae.decode(host.base.process_latent_out(latents))[..., :3]
@@ -66,11 +70,13 @@ def to_images(host: HostUNet, vae, latents: torch.Tensor, side: int = 256) -> li
     ]
 
 
-def sheet(columns: Sequence[tuple[str, Sequence[Image.Image]]], lines: Sequence[str] = (), losses=()) -> Image.Image:
+def sheet(
+    columns: Sequence[tuple[str, Sequence[Image.Image]]], lines: Sequence[str] = (), losses: Sequence[float] = ()
+) -> Image.Image:
     """A grid with one titled column for each (title, pictures); below it lines of text, and the loss over the steps."""
     width, height = columns[0][1][0].size
-    font = ImageFont.load_default(size=max(11, height // 16))
-    row = int(font.size * 1.7)
+    size = max(11, height // 16)
+    font, row = ImageFont.load_default(size=size), int(size * 1.7)
     whole, grid = len(columns) * (width + 4) + 4, row + len(columns[0][1]) * (height + 4)
     curve = height // 2 if len(losses) > 1 else 0
     image = Image.new("RGB", (whole, grid + row * len(lines) + (curve + 12 if curve else 0) + 4), "white")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from ...splam_core.denoiser import Network
 from ...splam_core.descent import LossWatch, learning_rate_share
 from ...splam_core.lora import LoraAdapters
 from ...splam_core.order import digest
@@ -99,7 +101,7 @@ class Run:
         latents, told = samples.batch(samples.numbers(indices))
         teacher = host.guided_epsilon(told, samples.nothing, recipe.guidance_scale)
 
-        def as_teacher(x, t):
+        def as_teacher(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             with self.adapters.use("teacher"):
                 return teacher(x, t)
 
@@ -108,8 +110,8 @@ class Run:
             self.settings.seed, indices,
         )  # fmt: skip
 
-    def _net(self, role: str, told: list[Told]):
-        def net(x, t, _):
+    def _net(self, role: str, told: list[Told]) -> Network:
+        def net(x: torch.Tensor, t: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             with self.adapters.use(role):
                 return self.host(x, t, told)
 
@@ -154,11 +156,11 @@ class Run:
                 found[f"optimizer.{name}:{key}"] = value
         return {key: value.detach() for key, value in found.items()}
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """The rest of the state, as JSON; losses are those of all steps."""
         return {"step": self.step, "losses": self.losses, "watch": self.watch.state_dict(), "skipped": self.skipped}
 
-    def load_state(self, state: Mapping[str, torch.Tensor], facts: Mapping) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Raises ValueError or KeyError for the state of another kind of run."""
         for role in self.adapters.weights:
             prefix = f"{role}:"
@@ -166,11 +168,11 @@ class Run:
             self.adapters.load(role, weights)
         for key, parameter in self.adapters.weights["student"].items():
             names = ("step", "exp_avg", "exp_avg_sq")
-            found = {name: state.get(f"optimizer.{name}:{key}") for name in names}
-            if all(value is not None for value in found.values()):
+            keys = {name: f"optimizer.{name}:{key}" for name in names}
+            if all(key in state for key in keys.values()):
                 place = {name: "cpu" if name == "step" and not self.optimizer.defaults["fused"] else parameter.device
                          for name in names}  # fmt: skip
-                self.optimizer.state[parameter] = {name: value.to(place[name]) for name, value in found.items()}
+                self.optimizer.state[parameter] = {name: state[key].to(place[name]) for name, key in keys.items()}
         self.step, self.losses, self.skipped = facts["step"], list(facts["losses"]), facts["skipped"]
         self.watch.load_state_dict(facts["watch"])
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.utils
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..announce import show, tell, warn
+from ..host import ProgressBar, Vae
 from .files import Autosave
 from .host import NAME, HostUNet
 from .pictures import STUDENT_STEPS, TEACHER_STEPS, sheet, student_latents, teacher_latents, to_images
@@ -30,12 +33,12 @@ class Work:
 
     run: Run
     autosave: Autosave
-    vae: object | None
+    vae: Vae | None
     shape: tuple[int, int, int]  # of the pictures that are shown
     preview_every: int
     autosave_every: int
     saved: int = -1  # the step of the last autosave
-    teacher: list = field(default_factory=list)  # the teacher's pictures of the preview, drawn once
+    teacher: list[Image.Image] = field(default_factory=list)  # the teacher's pictures of the preview, drawn once
 
     @property
     def host(self) -> HostUNet:
@@ -64,7 +67,7 @@ class Work:
         tell(f"{NAME}: {run.step} steps, loss {run.losses[-1]:.4g}; also kept in {self.autosave.lora}")
         return role
 
-    def _steps(self, bar) -> None:
+    def _steps(self, bar: ProgressBar) -> None:
         run, every = self.run, self.preview_every
         progress = tqdm(total=run.settings.steps, initial=run.step, desc=NAME, mininterval=1)
         pace, shown = None, 0.0
@@ -106,7 +109,7 @@ class Work:
                 since = time.monotonic()
                 show(f"reading prompts: {done + 1}")
 
-    def _draw(self, numbers) -> None:
+    def _draw(self, numbers: Sequence[int]) -> None:
         """Has the teacher draw what is missing of these samples."""
         samples = self.run.samples
         for number in numbers:
@@ -130,7 +133,7 @@ class Work:
         }
         errors = self.errors(("target", "release"))
         logging.info("%s: endpoint error of the averages: %s", NAME, errors)
-        return min(errors, key=errors.get)
+        return min(errors, key=lambda role: errors[role])
 
     def errors(self, roles: tuple[str, ...]) -> dict[str, float]:
         """The endpoint errors of these roles ("teacher": of the model before the distillation)."""
@@ -150,7 +153,7 @@ class Work:
                 return teacher_latents(self.host, told, samples.nothing, self.shape, scale, steps)
             return student_latents(self.host, run.objective.denoiser, told, self.shape, steps)
 
-    def picture(self, role: str):
+    def picture(self, role: str) -> Image.Image:
         """Teacher beside student, with the loss so far."""
         run = self.run
         if not self.teacher:
@@ -160,7 +163,7 @@ class Work:
         said = f"step {run.step}" + (f", loss {run.losses[-1]:.4g}" if run.losses else "")
         return sheet(columns, [said], run.losses)
 
-    def _preview(self, bar, role: str = "target") -> None:
+    def _preview(self, bar: ProgressBar, role: str = "target") -> None:
         bar.update_absolute(self.run.step, preview=("JPEG", self.picture(role), 1024))
 
     def _save(self, role: str) -> None:
@@ -175,7 +178,7 @@ class Work:
                  "room on the disk of output/ for the next one.")  # fmt: skip
 
     @contextlib.contextmanager
-    def _explained(self):
+    def _explained(self) -> Iterator[None]:
         """Raises ValueError, after an autosave, for what is raised when memory is at an end."""
         try:
             yield
