@@ -92,7 +92,9 @@ def simulate(
     student(x, t, rows) is F of those samples; noise: [D, B, ...] as in `matching_draws`. in_step: run as many passes
     whatever was drawn, where several processes must run them together.
     """
-    grids = [few_step_timesteps(many, num_train_timesteps=schedule.num_train_timesteps).tolist() for many in steps]
+    with torch.device("cpu"):  # whatever device is around it
+        last = schedule.num_train_timesteps
+        grids = [few_step_timesteps(many, num_train_timesteps=last).tolist() for many in steps]
     x, device = noise[0].clone(), noise.device
     for done in range(len(noise) - 1):
         behind = [row for row, place in enumerate(places) if place > done]

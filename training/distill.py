@@ -81,7 +81,8 @@ def _run(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
 
 def _shows(config: Config, step: int) -> bool:
     """Whether validation and a sheet follow this step."""
-    return step % (config.sample_every or config.checkpointing_steps) == 0 or step == config.max_train_steps
+    every = config.sample_every or config.checkpointing_steps
+    return step % every == 0 or step in (config.max_train_steps, config.total_steps)
 
 
 def _beside(run: Distillation, stop: StopRequest) -> None:
@@ -123,7 +124,7 @@ def _watched(run: Distillation, stop: StopRequest) -> None:
     with (
         contextlib.closing(Trackers(config, run.step)) as trackers,
         stop,
-        tqdm(total=config.max_train_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
+        tqdm(total=config.total_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
         open(log, "a", encoding="utf-8") as lines,
     ):
         for progress in run.train(stop):
@@ -135,6 +136,8 @@ def _watched(run: Distillation, stop: StopRequest) -> None:
                 skipped = progress.skipped
                 bar.write(f"step {progress.step}: the gradient is not finite; nothing is moved ({skipped} so far)")
             names = ("loss", "gradient_norm", "learning_rate")
+            if progress.fake_loss is not None:
+                names += ("fake_loss",)
             trackers.scalars({f"train/{name}": getattr(progress, name) for name in names}, progress.step)
             if not _shows(config, progress.step):
                 continue
@@ -159,9 +162,10 @@ def _watched(run: Distillation, stop: StopRequest) -> None:
     finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no numbers that are not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON has no numbers that are not finite; what a stage has not is left out."""
+    there = {name: value for name, value in values.items() if value is not None}
+    return {name: value if math.isfinite(value) else None for name, value in there.items()}
 
 
 def _line(progress: Progress) -> str:

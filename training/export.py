@@ -26,12 +26,11 @@ from splam_core import load_file, read_metadata
 
 from .files import WRITE_ERRORS, why_not_written
 from .models.files import ModelFiles, read_model, write_folder, write_single_file
-from .models.lora import extract_lora, lora_file, merged, read_lora, save_lora
+from .models.lora import extract_lora, is_lora, merged, read_lora, save_lora
 from .models.pipeline import DTYPES
 from .models.teachers import resolve
 
 FORMS = ("diffusers", "single-file", "lora")
-_LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_", "oft_", "lycoris_")
 
 
 def read_source(
@@ -45,7 +44,7 @@ def read_source(
     if (place / "state.json").is_file():
         return _read_checkpoint(place, base, role)
     place = resolve(source, revision)
-    if _is_lora(place):
+    if is_lora(place):
         if base is None:
             raise ValueError(f"{place} is a LoRA: name the model that it changes with --base")
         model = read_model(resolve(base)).folded(embedded).few_step()
@@ -75,14 +74,6 @@ def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFi
 
 def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: weight.float() if weight.is_floating_point() else weight for key, weight in weights.items()}
-
-
-def _is_lora(place: Path) -> bool:
-    """By a folder's files, or by a file's keys; LyCORIS' kinds too, which are then refused by name."""
-    file = lora_file(place)
-    if place.is_dir():  # a pipeline may have a LoRA beside it
-        return file is not None and not (place / "unet").is_dir()
-    return any(mark in key or key.endswith((".diff", ".diff_b")) for key in load_file(file) for mark in _LORA_MARKS)
 
 
 def export(options: argparse.Namespace) -> Path:

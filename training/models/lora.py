@@ -19,6 +19,7 @@ from .files import ModelFiles, StateDict, model_spec
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and peft's
 ADAPTER_CONFIG = "adapter_config.json"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b", "magnitude")
+_LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_", "oft_", "lycoris_")
 _KEEPING_STARTS = ("gaussian", "eva")  # of peft's init_lora_weights: those that leave the weights below as they are
 
 
@@ -26,6 +27,14 @@ def lora_file(path: Path) -> Path | None:
     """The weights of a folder that diffusers or peft left, or the file itself; None if there is none."""
     choices = [path / name for name in LORA_FILES] if path.is_dir() else [path]
     return next((file for file in choices if file.is_file()), None)
+
+
+def is_lora(place: Path) -> bool:
+    """By a folder's files, or by a file's keys; LyCORIS' kinds too, which are then refused by name."""
+    file = lora_file(place)
+    if place.is_dir():  # a pipeline may have a LoRA beside it
+        return file is not None and not (place / "unet").is_dir()
+    return any(mark in key or key.endswith((".diff", ".diff_b")) for key in load_file(file) for mark in _LORA_MARKS)
 
 
 def read_lora(path: Path) -> StateDict:
@@ -99,6 +108,39 @@ def merged(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float 
                 f"{name}: {kohya} of this UNet is {own}, the LoRA's are {shapes}; it belongs to another model, or is "
                 f"incomplete"
             ) from error
+    return result
+
+
+def as_adapter(
+    lora: Mapping[str, Tensor], adapter: Mapping[str, Tensor], unet: Mapping[str, Tensor], scale: float, name: str
+) -> StateDict:
+    """The weights of an adapter (peft's names, alpha/rank = scale) that changes a UNet as a LoRA of `read_lora` does.
+
+    Where the adapter's rank is higher, what it has too much stays as it is in A and is zero in B. Raises ValueError for
+    a LoRA of another model, of a higher rank, with layers that the adapter has not, or with more than matrices.
+    """
+    result, names = dict(adapter), _modules_by_kohya_name(unet)
+    for kohya, found in _parts(lora, name).items():
+        module = names.get(kohya)
+        if module is None:
+            raise ValueError(f"{name}: this UNet has no module {kohya!r}: the LoRA belongs to another model")
+        if found.keys() | {"alpha"} != {"lora_up.weight", "lora_down.weight", "alpha"}:
+            raise ValueError(
+                f"{name}: {kohya} has {', '.join(sorted(found))}, expected two matrices: train without --lora"
+            )
+        if f"{module}.lora_A.weight" not in adapter:
+            raise ValueError(f"{name}: it changes {module}, which --lora-target-modules does not name: add it")
+        down, up = found["lora_down.weight"].float(), found["lora_up.weight"].float()
+        a, b = (adapter[f"{module}.lora_{one}.weight"].clone() for one in "AB")
+        rank = len(down)
+        if rank > len(a):
+            raise ValueError(f"{name}: {module} is of rank {rank}: expected {len(a)} or less. Take --lora-rank {rank}")
+        if down.numel() != a[:rank].numel() or up.numel() != b[:, :rank].numel():
+            raise ValueError(f"{name}: {module} has other shapes than this UNet's: the LoRA belongs to another model")
+        a[:rank] = down.reshape(a[:rank].shape)
+        b.zero_()
+        b[:, :rank] = (up * (float(found.get("alpha", rank)) / rank / scale)).reshape(b[:, :rank].shape)
+        result |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from splam_core.descent import LR_SCHEDULERS
+from splam_core.draws import GRID
 from splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 
 from ..data import DataOptions
@@ -30,13 +31,57 @@ FULL_SIZE: dict[str, Any] = {
     "checkpointing_steps": 500,
     "sample_every": 500,
     "validation_samples": 16,
+    # The finish's are the embedded teacher's in the same proportion, a tenth of the steps.
+    "finish_steps": 600,
+    "finish_learning_rate": 2e-6,
+    "fake_learning_rate": 8e-6,
 }
+LORA_FINISH: dict[str, Any] = {"finish_learning_rate": 2e-5, "fake_learning_rate": 8e-5}
+FINISHES = ("none", "distribution-matching")
 _OUTPUT = Path("runs/distill")
 PRESETS = {file.stem: file for file in (Path(__file__).resolve().parent / "presets").glob("*.toml")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Recipe):
+class Finish:
+    """What follows the method. Raises ValueError, in the words of the flags, for settings that make no sense."""
+
+    finish: str = flag(
+        "none", "a stage after --max-train-steps of the method: its samples are led to the teacher's", FINISHES
+    )
+    finish_steps: int = flag(90, "its steps, each one update of the student and --fake-updates of the fake network")
+    finish_learning_rate: float = flag(5e-5, "the student's in it")
+    fake_learning_rate: float = flag(2e-4, "of the fake network, which learns the score of the student's samples")
+    fake_updates: int = flag(2, "of it, a step of the finish")
+    finish_beta1: float = flag(0.0, "AdamW's in the finish, for both")
+    finish_beta2: float = flag(0.999, "AdamW's in the finish, for both")
+    finish_warmup_steps: int = flag(5, "over which both rates rise; they are constant then")
+    finish_ema_decay: float = flag(0.98, "of the average that the finish exports")
+    finish_step_counts: tuple[int, ...] = flag((1, 2, 4), "the student's samples are made in so many steps, in turn")
+    finish_guidance_scale: float | None = flag(None, "w of the teacher's score; none: --guidance-scale")
+    finish_anchor: float = flag(0.5, "how strongly the student is held to what it was before the finish; 0: not")
+    finish_noise_range: tuple[float, ...] = flag((0.02, 0.98), "shares of the schedule at which scores are compared")
+
+    def __post_init__(self) -> None:
+        for name in ("finish_steps", "fake_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.finish_ema_decay < 1:
+            raise ValueError(f"--finish-ema-decay must be at least 0 and below 1, got {self.finish_ema_decay}")
+        if not self.finish_step_counts or any(not 1 <= count <= GRID for count in self.finish_step_counts):
+            raise ValueError(f"--finish-step-counts must be from 1 to {GRID}, got {list(self.finish_step_counts)}")
+        if self.finish_anchor < 0:
+            raise ValueError(f"--finish-anchor must be 0 or more, got {self.finish_anchor}")
+        span = self.finish_noise_range
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
+            raise ValueError(f"--finish-noise-range must be two rising numbers from 0 to 1, got {list(span)}")
+
+
+FINISH_SETTINGS = frozenset(entry.name for entry in fields(Finish))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Recipe, Finish):
     """Flag names are those of diffusers' training scripts where they mean the same."""
 
     teacher: str = field(
@@ -59,7 +104,10 @@ class Config(Recipe):
     lora_target_modules: str | None = flag(
         None, "names of adapted layers, separated by commas; none: attention, feed-forward, projections, convolutions"
     )
-    max_train_steps: int = flag(2400, "optimizer steps")
+    student: str | None = flag(
+        None, "begin with a few-step model or LoRA (LCM's and Hyper's, too) instead of the teacher"
+    )
+    max_train_steps: int = flag(2400, "optimizer steps of the method; 0: --finish alone", also=("--steps",))
     train_batch_size: int = flag(32, "pictures a step, process and accumulation")
     gradient_accumulation_steps: int = flag(1, "batches a step")
     learning_rate: float = flag(3e-4, "8e-6 is the paper's for SD1.5 at batch 1024")
@@ -96,20 +144,50 @@ class Config(Recipe):
     seed: int = flag(0, "every random number is a function of this and of the sample's index")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "lora_rank"
-        ):  # fmt: skip
+        Recipe.__post_init__(self)
+        Finish.__post_init__(self)
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.max_train_steps < (self.finish == "none"):
+            raise ValueError(
+                f"--max-train-steps must be 1 or more, or with --finish 0 or more, got {self.max_train_steps}"
+            )
+        if self.finish != "none" and self.optimizer == "prodigy":
+            raise ValueError("--finish needs rates in proportion, and --optimizer prodigy sets its own: take adamw")
         if self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|'):
             raise ValueError(f"--name must be a file's name without folders, got {self.name!r}: see --output-dir")
+
+    @property
+    def total_steps(self) -> int:
+        """Of the method and of its finish."""
+        return self.max_train_steps + (self.finish_steps if self.finish != "none" else 0)
+
+    @property
+    def finish_guidance(self) -> float:
+        """w of the teacher's score in the finish."""
+        return self.guidance_scale if self.finish_guidance_scale is None else self.finish_guidance_scale
+
+    @property
+    def finish_forwards_per_sample(self) -> float:
+        """Cost of a sample of the finish, in the mean: as `unet_forwards_per_sample` counts."""
+        before = sum((count - 1) / 2 for count in self.finish_step_counts) / len(self.finish_step_counts)
+        return before + self.finish_forwards_that_learn
+
+    @property
+    def finish_forwards_that_learn(self) -> int:
+        """The same without the student's own steps before: both networks' backward passes count 2."""
+        teacher = 1 if self.finish_guidance == 1 else 2
+        return 3 + teacher + 1 + (self.finish_anchor > 0) + 3 * self.fake_updates
 
     def settings(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {**vars(self), **vars(self.data_options)}
         values.pop("data_options")
-        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        plain = {Path: str, tuple: list}
+        return {
+            key: next((make(v) for kind, make in plain.items() if isinstance(v, kind)), v) for key, v in values.items()
+        }
 
 
 class _ListTeachers(argparse.Action):
@@ -178,7 +256,7 @@ def complete(given: dict[str, Any], planned: bool = False) -> Config:
             if any(entry.name == "resolution" for entry in fields(DataOptions)):
                 options = {"resolution": preset.resolution, **options}
         if given.get("lora"):
-            defaults["learning_rate"] = LORA_LEARNING_RATE
+            defaults |= {"learning_rate": LORA_LEARNING_RATE, **LORA_FINISH}
     if given.get("skip", 0) > 0 and "solver_skip" not in given:  # whole steps, none longer than usual
         usual = defaults.get("solver_skip", Config.solver_skip)
         given["solver_skip"] = max(step for step in range(1, usual + 1) if given["skip"] % step == 0)

@@ -42,6 +42,10 @@ class Consistency:
         student, target = (self.networks.net(role, conditioning) for role in ("student", "target"))
         yield "student", config.loss(self.objective, student, target, guided_epsilon, latents, config.seed, indices)
 
+    def forwards(self, indices: range) -> int:
+        """UNet evaluations of these samples; a backward pass counts 2."""
+        return len(indices) * self.config.unet_forwards_per_sample
+
 
 def plain_attention(device: torch.device) -> contextlib.AbstractContextManager:
     """On a CPU the fused attention's backward pass takes longer than all the rest; the plain one does not."""

@@ -61,7 +61,7 @@ class GPU:
     def _lowered(self, one: Tensor | None) -> Tensor | None:
         if self.dtype is None or one is None or one.dtype != torch.float32:
             return one
-        if self.copies is None or not (one.is_leaf and one.requires_grad):
+        if self.copies is None or not (one.is_leaf and one.requires_grad and torch.is_grad_enabled()):
             return one.to(self.dtype)
         if one not in self.copies:
             self.copies[one] = one.to(self.dtype)

@@ -20,11 +20,12 @@ MAY_CHANGE = frozenset((
     "lr_warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay",
     "release_decay", "mixed_precision", "teacher_dtype", "gradient_checkpointing", "compile", "checkpointing_steps",
     "checkpoints_total_limit", "sample_every", "sample_prompts", "validation_samples", "report_to", "export_dtype",
-    "name", "allow_tf32", "data",
+    "name", "allow_tf32", "data", "finish_steps", "finish_learning_rate", "fake_learning_rate", "finish_beta1",
+    "finish_beta2", "finish_warmup_steps", "finish_ema_decay",
 ))  # fmt: skip
-# The teacher is known by its weights, wherever they lie; a recipe by what it sets.
+# Teacher and student are known by their weights, wherever they lie; a recipe by what it sets.
 UNSAID = frozenset((
-    "teacher", "revision", "download_teacher", "recipe", "output_dir", "resume_from_checkpoint",
+    "teacher", "student", "revision", "download_teacher", "recipe", "output_dir", "resume_from_checkpoint",
 ))  # fmt: skip
 LEFT = (f"{PREFIX}*", "best", "log.jsonl", "validation.jsonl", "pipeline")  # what a run leaves in its folder
 
@@ -38,15 +39,15 @@ def weights_digest(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     return f"{digest.hexdigest()[:16]} in {str(dtype).removeprefix('torch.')}"
 
 
-def changes(now: Mapping[str, Any], then: Mapping[str, Any], data: frozenset[str] = frozenset()) -> list[str]:
+def changes(now: Mapping[str, Any], then: Mapping[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
     """What has changed of a run's settings since it began, as "--flag was -> is".
 
-    data: names of settings of the data, which may change too. Raises ValueError naming those that may not. A setting
-    that one side does not know is not compared.
+    free: names of settings that may change besides: the data's, and those of a stage to come. Raises ValueError naming
+    those that may not. A setting that one side does not know is not compared.
     """
     differing = [name for name in now if name in then and name not in UNSAID and now[name] != then[name]]
     said = {name: f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in differing}
-    wrong = [text for name, text in said.items() if name not in MAY_CHANGE | data]
+    wrong = [text for name, text in said.items() if name not in MAY_CHANGE | free]
     if wrong:
         raise ValueError(
             f"it was begun with other settings: {', '.join(wrong)}. Resume with those it was begun with, or start anew "

@@ -19,15 +19,23 @@ from .report import peak_memory
 
 
 def measure(config: Config, steps: int = 3) -> str:
-    """Time a few steps after a first one; nothing is kept."""
+    """Time a few steps of each stage after a first one; nothing is kept."""
+    alone = [replace(config, finish="none")] if config.max_train_steps else []
+    if config.finish != "none":
+        alone.append(replace(config, max_train_steps=0))
+    return "".join(_measure(one, steps) for one in alone)
 
+
+def _measure(config: Config, steps: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=Path(folder), checkpointing_steps=10**9, resume_from_checkpoint=None)
         accelerator = join_processes(config.mixed_precision)
-        few = replace(config, max_train_steps=min(config.max_train_steps, 2 + steps))  # data are made for all of them
+        count, finish = config.total_steps, config.max_train_steps == 0
+        made = {"finish_steps" if finish else "max_train_steps": min(count, 2 + steps)}  # data are made for all of them
+        few = replace(config, **made)
         run = Distillation(few, load_teacher(config, accelerator.device), accelerator)
         seconds = []
-        for progress in itertools.islice(run.train(), min(1 + steps, config.max_train_steps - 1)):
+        for progress in itertools.islice(run.train(), max(1, min(1 + steps, count - 1))):
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(progress.seconds)
@@ -37,9 +45,10 @@ def measure(config: Config, steps: int = 3) -> str:
     timed = sorted(seconds[1:] or seconds)
     each = timed[len(timed) // 2]
     peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else peak_memory()
+    what = ", the finish" if finish else ""
     return (
-        f"\nmeasured on {accelerator.device}: {each:.2f} s a step (median of {len(timed)}), "
+        f"\nmeasured on {accelerator.device}{what}: {each:.2f} s a step (median of {len(timed)}), "
         f"{config.train_batch_size * config.gradient_accumulation_steps / each:.2f} images/s, "
-        f"{each * config.max_train_steps / 3600:.1f} hours in all, a checkpoint takes {saving:.1f} s; "
+        f"{each * count / 3600:.1f} hours in all, a checkpoint takes {saving:.1f} s; "
         f"peak memory {peak / GB:.2f} GB"
     )

@@ -1,5 +1,7 @@
 """Teacher, student, target and release average of one run: four UNets, or one UNet with LoRA adapters switched.
 
+A finish has two more networks, and no release average: the fake one, and the student that it began with ("start").
+
 The pipeline's own UNet is the teacher all the while: whatever asks the pipeline asks the teacher.
 """
 
@@ -22,9 +24,11 @@ from splam_core.denoiser import Network
 from splam_core.lora import lora_start
 from splam_core.recipe import LORA_TARGETS
 
+from ..models.files import read_model
 from ..models.load import load_pipeline
-from ..models.lora import merged
+from ..models.lora import as_adapter, is_lora, merged, read_lora
 from ..models.pipeline import DTYPES, Conditioning, Pipeline, unet_arguments
+from ..models.teachers import resolve
 from .config import Config
 from .memory import keep_less
 from .sharding import gathered, own_shards, shard, shards_of
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 GAMMA_DIM = 256
-ROLES = ("teacher", "student", "target", "release")
+FINISHING = ("fake", "start")
 _COND_PROJ = "time_embedding.cond_proj.weight"
 
 
@@ -86,10 +90,23 @@ class FullNetworks(_Networks):
     With a mesh all three lie in shards over its processes, which must then take part in every forward pass together.
     """
 
-    def __init__(self, pipeline: Pipeline, config: Config, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: Config,
+        mesh: DeviceMesh | None = None,
+        begun: dict[str, Tensor] | None = None,
+    ) -> None:
+        """begun: weights of a plain UNet that student and target begin with; None: the teacher's."""
         super().__init__(pipeline, config)
+        self.config, self.mesh = config, mesh
         self.teacher, self.sharded = pipeline.unet, mesh is not None
+        self.fake: nn.Module | None = None
+        self.start: nn.Module | None = None
         self.student: nn.Module = make_student(pipeline.unet, config.conditioning)
+        if begun is not None:
+            own = self.student.state_dict()
+            _copy({key: own[key] for key in own if key != _COND_PROJ}, begun)
         nn.Module.to(self.teacher, base_dtype(config))  # diffusers' own `to` warns of every cast
         if mesh is not None:
             shard(self.teacher, mesh)  # before there is a third whole UNet
@@ -111,13 +128,58 @@ class FullNetworks(_Networks):
         if swapped:
             _exchange(self.weights("target"), self.release)
         try:
-            yield {"teacher": self.teacher, "student": self.student}.get(role, self.target)
+            yield self._unets().get(role, self.target)
         finally:
             if swapped:
                 _exchange(self.weights("target"), self.release)
 
-    def trainable(self) -> list[nn.Parameter]:
-        return list(self.student.parameters())
+    def _unets(self) -> dict[str, nn.Module | None]:
+        return {"teacher": self.teacher, "student": self.student, "fake": self.fake, "start": self.start}
+
+    @property
+    def roles(self) -> list[str]:
+        """Those with weights of their own, which a checkpoint holds."""
+        unets = self._unets()
+        more = ["release"] if self.release else []
+        return ["student", "target", *more, *(role for role in FINISHING if unets[role] is not None)]
+
+    def begin_finish(self) -> None:
+        """Student and target go on from the slower average, where there is one; the fake network is the teacher."""
+        better = self.release or self.weights("target")
+        for role in ("target", "student"):
+            _copy(self.weights(role), better)
+        self.release = {}
+        self.fake = self._another(self.teacher).requires_grad_(True)
+        keep_less(self.fake, self.config.gradient_checkpointing)
+        self.fake.train()
+        if self.config.finish_anchor:
+            self.start = self._another(self.target)
+            keep_less(self.start, False)
+        if self.config.compile:
+            for unet in (self.fake, self.start):
+                if unet is not None:
+                    unet.compile()
+
+    def _another(self, unet: nn.Module) -> nn.Module:
+        """A frozen fp32 UNet with the weights of one that lies as all do, in shards or not."""
+        if not self.sharded:
+            return nn.Module.to(copy.deepcopy(unet), torch.float32).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
+            other = UNet2DConditionModel.from_config(config).to(unet.device).eval().requires_grad_(False)
+        shard(other, self.mesh)
+        with torch.no_grad():
+            for key, weight in own_shards(other.state_dict()).items():
+                weight.copy_(own_shards({key: unet.state_dict()[key]})[key])
+        return other
+
+    @contextlib.contextmanager
+    def learning(self, role: str) -> Iterator[None]:
+        """Around a role's backward pass: a checkpointed one runs its UNet again."""
+        yield
+
+    def trainable(self, role: str = "student") -> list[nn.Parameter]:
+        return list(self._unets()[role].parameters())
 
     def weights(self, role: str) -> dict[str, Tensor]:
         """What a checkpoint holds of a role, sharing memory with the network: this process's shards, if any."""
@@ -137,7 +199,7 @@ class FullNetworks(_Networks):
         return shards_of(whole, self._state("target")) if self.sharded else whole
 
     def _state(self, role: str) -> dict[str, Tensor]:
-        return dict(_bare(self.student if role == "student" else self.target).state_dict())
+        return dict(_bare(self._unets().get(role, self.target)).state_dict())
 
     def compile(self) -> None:
         for unet in (self.teacher, self.target, _bare(self.student)):
@@ -179,7 +241,7 @@ class AdaptedUNet:
 
 
 class LoraNetworks(_Networks):
-    """One frozen UNet: without adapter the teacher, with "target" or "student" those (peft). Adapters are fp32.
+    """One frozen UNet: without adapter the teacher, with "target", "student", "fake" or "start" those (peft), in fp32.
 
     The gamma projection is trained beside the student's adapter. The target needs none: it is only asked at gamma = 1,
     where the embedding is zero.
@@ -187,34 +249,72 @@ class LoraNetworks(_Networks):
 
     sharded = False
 
-    def __init__(self, pipeline: Pipeline, config: Config) -> None:
+    def __init__(self, pipeline: Pipeline, config: Config, begun: dict[str, Tensor] | None = None) -> None:
+        """begun: a LoRA of `read_lora` that student and target begin with; None: one that changes nothing."""
         super().__init__(pipeline, config)
+        self.config = config
         self.rank, self.alpha = config.lora_rank, config.lora_alpha or config.lora_rank
         unet = nn.Module.to(pipeline.unet, base_dtype(config))
         if config.conditioning == "embedding":
             unet = _with_projection(unet, copied=False)
+        names = dict(unet.state_dict())  # before the adapters
+        roles = ["student", "target", *(FINISHING[: 1 + (config.finish_anchor > 0)] if config.finish != "none" else ())]
         targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft's, that there are two adapters
-            for role in ("student", "target"):
+            for role in roles:
                 unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(targets)), role)
         self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
         for name, parameter in unet.named_parameters():
             trained = ".student." in name or name == _COND_PROJ
             parameter.requires_grad_(trained)
-            if trained or ".target." in name:
+            if trained or any(f".{role}." in name for role in roles):
                 parameter.data = parameter.data.float()
         keep_less(unet, config.gradient_checkpointing)
         self.unet = unet.train()
         self.student: nn.Module = self.unet
         pipeline.unet = AdaptedUNet(self, "teacher")
-        for key, weight in self.weights("student").items():
-            name, lora, _ = key.partition(".lora_A.")
-            if lora:
-                weight.copy_(lora_start(config.seed, name, tuple(weight.shape)))
+        for place, role in enumerate(("student", "fake")[: 1 + (config.finish != "none")]):
+            for key, weight in self.weights(role).items():
+                name, lora, _ = key.partition(".lora_A.")
+                if lora:
+                    weight.copy_(lora_start(config.seed + place, name, tuple(weight.shape)))
+        self.finishing: list[str] = []
+        if begun is not None:
+            own = self.weights("target")  # without the gamma projection
+            adapter = as_adapter(begun, own, names, self.alpha / self.rank, f"--student {config.student}")
+            _copy({key: self.weights("student")[key] for key in own}, adapter)
         _copy(self.weights("target"), self.weights("student"))
         self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
         self.switch("student")
+
+    @property
+    def roles(self) -> list[str]:
+        """Those with weights of their own, which a checkpoint holds."""
+        return ["student", "target", *(["release"] if self.release else []), *self.finishing]
+
+    def begin_finish(self) -> None:
+        """Student and target go on from the slower average, where there is one; the fake adapter changes nothing."""
+        better = self.release or self.weights("target")
+        student = self.weights("student")
+        _copy(self.weights("target"), better)
+        _copy({key: student[key] for key in better}, better)
+        self.release, self.finishing = {}, ["fake"]
+        if self.config.finish_anchor:
+            self.finishing.append("start")
+            _copy(self.weights("start"), better)
+        for name, parameter in self.unet.named_parameters():
+            if ".fake." in name:
+                parameter.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def learning(self, role: str) -> Iterator[None]:
+        """Around a role's backward pass: a checkpointed one runs its UNet again."""
+        self.switch(role)
+        try:
+            yield
+        finally:
+            self.switch("student")
 
     def switch(self, role: str) -> None:
         """Make the UNet that of a role, till the next switch. It is the student's wherever nobody asks."""
@@ -237,8 +337,9 @@ class LoraNetworks(_Networks):
             if swapped:
                 _exchange(self.weights("target"), self.release)
 
-    def trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+    def trainable(self, role: str = "student") -> list[nn.Parameter]:
+        named = self.unet.named_parameters()
+        return [one for name, one in named if one.requires_grad and (".fake." in name) == (role == "fake")]
 
     def weights(self, role: str) -> dict[str, Tensor]:
         """Adapter weights under peft's names without the adapter's own, and for the student the gamma projection."""
@@ -356,3 +457,39 @@ def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
     return load_pipeline(
         config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
     )
+
+
+def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None:
+    """What --student names, as the networks take it: a plain UNet's weights or, for a LoRA run, a LoRA's.
+
+    Before there are networks. Raises what `resolve` raises, and ValueError for a student of another kind or model.
+    """
+    if config.student is None:
+        return None
+    place = resolve(config.student, download=False)
+    if is_lora(place):
+        lora = read_lora(place)
+        return lora if config.lora else merged(pipeline.unet.float().state_dict(), lora, name=str(place))
+    if config.lora:
+        raise ValueError(
+            f"--student {config.student} is a whole model, and a --lora goes on from a LoRA: leave --lora away, or "
+            f"make one of it with training/export.py --to lora --base {config.teacher}."
+        )
+    model = read_model(place).folded("splam")
+    own = pipeline.unet.state_dict()
+    different = [key for key in own.keys() | model.unet.keys() if _shape(own, key) != _shape(model.unet, key)]
+    if different:
+        raise ValueError(
+            f"--student {config.student} is another architecture than --teacher {config.teacher}: {len(different)} "
+            f"weights differ, the first {min(different)}. Give the student's own teacher."
+        )
+    if model.vae and model.prediction_type != pipeline.prediction_type:
+        raise ValueError(
+            f"--student {config.student} predicts {model.prediction_type}, --teacher {config.teacher} "
+            f"{pipeline.prediction_type}: give the student's own teacher."
+        )
+    return model.unet
+
+
+def _shape(weights: dict[str, Tensor], key: str) -> torch.Size | None:
+    return weights[key].shape if key in weights else None

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from splam_core import NoiseSchedule
+from splam_core import Denoiser, DistributionMatching, NoiseSchedule
 
 from ..data.latents import GROUP
 from ..models.architectures import ARCHITECTURES, Architecture
@@ -28,6 +28,7 @@ from ..models.teachers import TEACHERS, resolve
 from .config import Config
 from .consistency import Consistency
 from .counting import GPU, Living, rounded
+from .finishing import Finishing
 from .networks import FullNetworks, LoraNetworks, base_dtype
 from .optimizers import state_bytes
 
@@ -67,10 +68,12 @@ class Plan:
     encoders: float  # VAE and text encoders, fp32
     phases: dict[str, Phase]
     release: float
+    finish: float = 0.0  # fake network, starting student and the fake one's optimizer
 
     def disk(self, kept: int) -> float:
         """Checkpoints `kept`, one that is being written, and the best."""
-        return (kept + 1) * (self.trained + self.target + self.release + self.optimizer) + self.target
+        each = self.trained + self.target + max(self.release, self.finish) + self.optimizer
+        return (kept + 1) * each + self.target
 
     def allocated(self, batch_size: int) -> float:
         """The largest of all phases, as torch.cuda.max_memory_allocated counts it."""
@@ -97,23 +100,33 @@ def plan(config: Config) -> Plan:
         optimizer = state_bytes(config.optimizer) * trained
         resident = living.bytes - vae - texts + optimizer
         away = optimizer - vae - texts  # what the count below has too little of, or too much
-        phases["step"] = Phase({
-            size: living.peak_of(lambda: _step(counted, pipeline, networks, size, resolution)) + away  # noqa: B023
-            for size in BATCHES
-        })  # fmt: skip
+        if config.max_train_steps:
+            phases["step"] = _steps(living, counted, pipeline, networks, resolution, away)
         phases["optimizer"] = Phase({1: resident + 4.0 * trained})
-        phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline)) + optimizer - texts})
+        more = learning = 0.0
+        if config.finish != "none":
+            before = living.bytes
+            networks.begin_finish()
+            learning = sum(one.numel() for one in networks.trainable("fake"))
+            more = living.bytes - before
+            if config.lora:  # its adapters are there from the first
+                more = 4.0 * learning * len(networks.finishing)
+            away += state_bytes(config.optimizer) * learning
+            phases["finish"] = _steps(living, counted, pipeline, networks, resolution, away)
+            phases["optimizer"] = Phase({1: living.bytes + away + 4.0 * max(trained, learning)})
+        phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline)) + away + vae})
     frozen = parameters * torch.finfo(base_dtype(config)).bits / 8
     return Plan(
         unet_parameters=parameters,
         trained_parameters=trained,
         frozen=frozen,
         trained=4.0 * trained,
-        target=resident - optimizer - frozen - 4.0 * trained,
+        target=resident - optimizer - frozen - 4.0 * trained - (more if config.lora else 0.0),
         optimizer=optimizer,
         encoders=float(vae + texts),
         phases=phases,
-        release=4.0 * trained if config.release_decay else 0.0,
+        release=4.0 * trained if config.release_decay and config.max_train_steps else 0.0,
+        finish=more + state_bytes(config.optimizer) * learning,
     )
 
 
@@ -158,24 +171,51 @@ def _batch(pipeline: Pipeline, size: int, resolution: int) -> tuple[Tensor, Cond
     return torch.empty(size, pipeline.latent_shape[0], side, side), conditioning
 
 
+def _steps(
+    living: Living,
+    config: Config,
+    pipeline: Pipeline,
+    networks: FullNetworks | LoraNetworks,
+    resolution: int,
+    away: float,
+) -> Phase:
+    """The forward and backward passes of a stage, with `away` bytes that are not on the meta device."""
+    return Phase({
+        size: living.peak_of(lambda: _step(config, pipeline, networks, size, resolution)) + away  # noqa: B023
+        for size in BATCHES
+    })  # fmt: skip
+
+
 def _step(
     config: Config, pipeline: Pipeline, networks: FullNetworks | LoraNetworks, size: int, resolution: int
 ) -> None:
-    """The forward and backward passes of a batch."""
+    """The forward and backward passes of a batch, of the finish once it has begun."""
     gpu = GPU(DTYPES[config.mixed_precision] if config.mixed_precision != "no" else None)
     batch = _batch(pipeline, size, resolution)
     negative = _batch(pipeline, 1, resolution)[1]
-    objective = config.objective(pipeline.schedule, pipeline.prediction_type)
-    losses = Consistency(config, pipeline, negative, networks, objective).losses(*batch, range(size))
+    stage: Consistency | Finishing
+    if "fake" in networks.roles:
+        denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, config.conditioning)
+        matching = DistributionMatching(denoiser, anchor=config.finish_anchor)
+        stage = Finishing(config, pipeline, negative, networks, matching)
+    else:
+        objective = config.objective(pipeline.schedule, pipeline.prediction_type)
+        stage = Consistency(config, pipeline, negative, networks, objective)
+    losses, role = stage.losses(*batch, range(size)), "student"
     with gpu:
         while True:
             with gpu.autocast():
                 pair = next(losses, None)
             if pair is None:
                 break
-            pair[1].backward()
+            if pair[0] != role:  # its update is made, and the gradient gone
+                for weight in networks.trainable(role):
+                    weight.grad = None
+            role = pair[0]
+            with networks.learning(role):
+                pair[1].backward()
             del pair
-    for weight in networks.trainable():
+    for weight in networks.trainable(role):
         weight.grad = None
 
 
@@ -212,7 +252,7 @@ def largest_batch(found: Plan, memory: float) -> int:
 def describe(config: Config, found: Plan) -> str:
     """The plan as text."""
     batch, many = config.train_batch_size, config.gradient_accumulation_steps
-    images = config.max_train_steps * batch * many
+    images, finished = (steps * batch * many for steps in (config.max_train_steps, config.finish_steps))
     kind = f"LoRA of rank {config.lora_rank}" if config.lora else "full weights"
     held = [
         ("frozen UNet" if config.lora else "frozen teacher", found.frozen, str(base_dtype(config))[6:]),
@@ -220,9 +260,12 @@ def describe(config: Config, found: Plan) -> str:
         ("target", found.target, "fp32"),
         (f"optimizer ({config.optimizer})", found.optimizer, ""),
     ]
+    if config.finish != "none":
+        held.append(("in the finish: fake network, start, optimizer", found.finish, "fp32"))
     named = {
         "data": "while data are made",
         "step": f"forward and backward, batch {batch}",
+        "finish": f"forward and backward of the finish, batch {batch}",
         "optimizer": "optimizer step",
         "sheet": "sheet",
     }
@@ -251,6 +294,12 @@ def describe(config: Config, found: Plan) -> str:
         f"{images * config.unet_forwards_per_sample} ({config.unet_forwards_per_sample} a picture; a backward pass "
         "counts 2)",
     ]
+    if config.finish != "none":
+        lines.append(
+            f"finish ({config.finish}): steps {config.finish_steps}, pictures {finished} a process, UNet evaluations "
+            f"{finished * config.finish_forwards_per_sample:.0f} ({config.finish_forwards_per_sample:.2f} a picture, "
+            "in the mean)"
+        )
     if not config.lora and largest_batch(found, 24 * GB) == 0:
         lines.append("--lora needs far less memory.")
     return "\n".join(lines)

@@ -49,15 +49,19 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
         "splam.solver": config.solver,
         "splam.solver_skip": str(config.solver_skip),
         "splam.guidance_scale": str(config.guidance_scale),
-        "splam.teacher": Path(config.teacher).name if Path(config.teacher).expanduser().exists() else config.teacher,
+        "splam.teacher": _named(config.teacher),
         "splam.teacher_hash": digest,
     }
+    if config.finish != "none":
+        metadata["splam.finish"] = config.finish
     result = {
         "steps": step,
         "samples": samples,
         "exported": role,
         **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
         "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
+        "begun from": None if config.student is None else _named(config.student),
+        "finish": _finish(config),
         "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
         "teacher (SHA-256 of its weights)": digest,
         "samples skipped": len(skipped),
@@ -91,7 +95,7 @@ def save_card(
     base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).expanduser().exists() else config.teacher
     text = f"""# {config.name}
 
-A few-step model distilled from `{base}` with {config.method.upper()} ({"LoRA" if config.lora else "full weights"}).
+A few-step model distilled from `{base}` with {_how(config)} ({"LoRA" if config.lora else "full weights"}).
 Sample it with 2 to 4 steps of `LCMScheduler` (diffusers) or SPLAM Sampler (ComfyUI), guidance scale 1, no negative
 prompt.
 
@@ -159,6 +163,26 @@ def _insert_lora(graph: dict, loader: dict, lora_name: str) -> None:
     link[1], link[2] = node_id, 0
     graph["nodes"].append(node)
     graph["last_node_id"], graph["last_link_id"] = node_id, link_id
+
+
+def _how(config: Config) -> str:
+    stages = [config.method.upper()] if config.max_train_steps else []
+    if config.finish != "none":
+        stages.append(config.finish.replace("-", " "))
+    return ", then ".join(stages)
+
+
+def _finish(config: Config) -> str | None:
+    if config.finish == "none":
+        return None
+    return (
+        f"{config.finish}: {config.finish_steps} steps, rates {config.finish_learning_rate:g} and "
+        f"{config.fake_learning_rate:g}, w {config.finish_guidance:g}, anchor {config.finish_anchor:g}"
+    )
+
+
+def _named(path: str) -> str:
+    return Path(path).name if Path(path).expanduser().exists() else path
 
 
 def _without_paths(arguments: list[str]) -> list[str]:
