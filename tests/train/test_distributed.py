@@ -114,6 +114,36 @@ def test_two_processes_of_n_have_the_gradient_of_one_of_2n(
     assert any(not torch.equal(results["two"][key], begun.get(key, torch.zeros(1))) for key in moved)
 
 
+@pytest.mark.parametrize(("mode", "config"), [(("--lora", "--lora-rank", "4"), None), ((), FSDP)])
+def test_two_processes_finish_as_one_with_twice_the_batch(
+    small, command_line, tiny_pipeline, tmp_path, monkeypatch, mode, config
+):
+    """By one step of plain gradient descent of the student, and two of the fake network, at rates too low to matter."""
+    script, two, one = tmp_path / "descent.py", tmp_path / "two", tmp_path / "one"
+    script.write_text(DESCENT)
+    options = (
+        *mode, "--finish", "distribution-matching", "--finish-steps", "1", "--finish-warmup-steps", "1",
+        "--finish-learning-rate", "1", "--fake-learning-rate", "1e-3", "--max-grad-norm", "1e9",
+        "--teacher-dtype", "fp32", "--gradient-checkpointing",
+    )  # fmt: skip
+    launch(command_line(tiny_pipeline, two, 0, more=options), 2, script, config)
+    monkeypatch.setattr(loop, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
+    small(tiny_pipeline, one, 0, *options, "--train-batch-size", 4)
+    (found,), (expected,) = ((out / "log.jsonl").read_text().splitlines() for out in (two, one))
+    for name in ("loss", "fake_loss", "gradient_norm", "unet_forwards"):
+        assert json.loads(found)[name] == pytest.approx(json.loads(expected)[name], rel=1e-4), name
+    for role in ("student", "fake"):
+        wanted, got = (load_file(out / "checkpoint-1" / f"{role}.safetensors") for out in (one, two))
+        begun = load_file(one / "checkpoint-1" / "start.safetensors")
+        if role == "fake" and not mode:
+            begun = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+        moved = [(wanted[key] - begun[key]).abs().max() for key in wanted if role == "student" or not mode]
+        largest = max(moved) if moved else 1e-3 * max(weight.abs().max() for weight in wanted.values())
+        assert wanted.keys() == got.keys() and largest > 0
+        for key, weight in wanted.items():
+            assert (got[key] - weight).abs().max() < 1e-3 * largest, f"{role}: {key}"
+
+
 @pytest.fixture(scope="module")
 def sharded(command_line, tiny_pipeline, tmp_path_factory):
     """A run of 12 steps in two processes' shards, with all that is shown: its folder."""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from splam_core import draw_places
@@ -15,6 +15,7 @@ from training.run import loop
 from training.run.config import FINISH_SETTINGS, complete, parse, parse_command
 from training.run.loop import Distillation
 from training.run.networks import LoraNetworks, load_student
+from training.run.processes import join_processes
 
 pytestmark = pytest.mark.train
 FINISH = ("--finish", "distribution-matching", "--finish-warmup-steps", 1, "--teacher-dtype", "fp32")
@@ -136,8 +137,16 @@ def test_batches_accumulate_to_one_of_their_size(small, tiny_pipeline, tmp_path)
     assert one["unet_forwards"] == four["unet_forwards"]
 
 
+@pytest.fixture
+def half():
+    """An accelerator in bf16, in a process whose other runs have their own precision."""
+    AcceleratorState._reset_state()
+    yield join_processes("bf16")
+    AcceleratorState._reset_state()
+
+
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_student_learns_under_autocast(tiny_v, tmp_path, lora):
+def test_the_student_learns_under_autocast(tiny_v, tmp_path, half, lora):
     """Its passes without a gradient come first, and autocast keeps the weights that it has cast."""
     flags = ["--lora", "--lora-rank", "4"] if lora else []
     config = parse([
@@ -145,7 +154,7 @@ def test_the_student_learns_under_autocast(tiny_v, tmp_path, lora):
         "--train-batch-size", "4", "--mixed-precision", "bf16", "--max-train-steps", "0", "--output-dir", str(tmp_path),
         "--finish", "distribution-matching", "--finish-step-counts", "4", *flags,
     ])  # fmt: skip
-    run = Distillation(config, load_pipeline(tiny_v), Accelerator(cpu=True, mixed_precision="bf16"))
+    run = Distillation(config, load_pipeline(tiny_v), half)
     run.begin_finish()
     for role in ("student", "fake", "fake"):
         assert run._backward() is not None and run.role == role

@@ -60,30 +60,40 @@ def test_the_presets_fit_the_memory_that_they_name(monkeypatch):
     assert found.peak(config.train_batch_size) < 24e9 and largest_batch(found, 16e9) == 0
 
 
+@pytest.mark.parametrize("finish", [False, True])
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_plan_is_what_a_real_step_holds(tiny_pipeline, tmp_path, monkeypatch, lora):
+def test_a_plan_is_what_a_real_step_holds(tiny_pipeline, tmp_path, monkeypatch, lora, finish):
     """Against the storages that live while the loop itself takes a step on the CPU."""
     monkeypatch.setattr(consistency, "plain_attention", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(loop, "plain_attention", lambda _: contextlib.nullcontext())
+    stage = ["--max-train-steps", "0", "--finish", "distribution-matching"] if finish else ["--max-train-steps", "2"]
     config, _ = parse_command([
         "--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "16", "--num-held-out", "1",
-        "--no-cache-latents", "--train-batch-size", "4", "--mixed-precision", "no", "--max-train-steps", "2",
+        "--no-cache-latents", "--train-batch-size", "4", "--mixed-precision", "no", *stage,
         "--release-decay", "0", "--teacher-dtype", "fp32", "--gradient-checkpointing",
         "--output-dir", str(tmp_path), *(["--lora", "--lora-rank", "8"] if lora else []),
     ], None)  # fmt: skip
     run = Distillation(config, load_pipeline(tiny_pipeline), Accelerator(cpu=True))
+    if finish:
+        run.begin_finish()
     held = {one.untyped_storage()._cdata for one in run.pipeline.vae.parameters()}
     networks = {"student": run.networks.student}
     if not lora:
         networks |= {"target": run.networks.target, "teacher": run.networks.teacher}
+        networks |= {"fake": run.networks.fake, "start": run.networks.start} if finish else {}
     weights = {one.untyped_storage()._cdata: one.nbytes for net in networks.values() for one in net.parameters()}
     assert not held & weights.keys()
     with Storages() as storages:
-        run._backward()
+        while run._backward() is not None:
+            run.optimizers[run.role].zero_grad(set_to_none=True)
     found = plan(config)
-    assert found.phases["step"].bytes(4) - found.optimizer == pytest.approx(
-        sum(weights.values()) + storages.peak, rel=0.1
-    )
+    phase = found.phases["finish" if finish else "step"].bytes(4)
+    if finish:
+        learning = sum(one.numel() for one in run.networks.trainable("fake"))
+        assert "step" not in found.phases
+        assert found.finish == pytest.approx(4 * learning * 2 + 8 * learning, rel=0.05)  # of blocks of 512 bytes
+        phase -= 8 * learning
+    assert phase - found.optimizer == pytest.approx(sum(weights.values()) + storages.peak, rel=0.1)
 
 
 class Storages(TorchDispatchMode):
