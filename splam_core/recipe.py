@@ -123,7 +123,7 @@ class Recipe:
         Noise, timesteps and gammas are those that `draws` gives a run of this seed for the indices.
         """
         schedule = objective.denoiser.schedule
-        noise, u_t, u_gamma = (_to(part, latents.device) for part in draws(seed, indices, latents.shape[1:]))
+        noise, u_t, u_gamma = (on_device(part, latents.device) for part in draws(seed, indices, latents.shape[1:]))
         t = draw_timesteps(u_t, schedule.num_train_timesteps, self.timestep_power)
         gamma = sample_gamma(u_gamma, self.gamma_one_probability)
         x_t = add_noise(latents, noise, t, schedule)
@@ -132,6 +132,7 @@ class Recipe:
         return loss.mean()
 
 
-def _to(part: Tensor, device: torch.device) -> Tensor:
+def on_device(part: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU."""
     # From pinned memory a copy is not waited for.
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

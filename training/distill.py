@@ -33,7 +33,6 @@ from .run.config import Config, parse_command
 from .run.identity import check_folder, only_writer
 from .run.loop import Distillation, Progress
 from .run.measure import measure
-from .run.networks import load_teacher
 from .run.plan import describe, plan
 from .run.processes import join_processes, on_main
 from .run.publish import finish
@@ -44,6 +43,7 @@ from .run.report import (
     keep_log,
     peak_memory,
 )
+from .run.sources import load_teacher
 from .run.stopping import StoppedError, StopRequest, memory_explained
 from .run.validation import Score
 

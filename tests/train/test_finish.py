@@ -14,8 +14,9 @@ from training.models.lora import merged, read_lora
 from training.run import loop
 from training.run.config import FINISH_SETTINGS, complete, parse, parse_command
 from training.run.loop import Distillation
-from training.run.networks import LoraNetworks, load_student
+from training.run.networks import LoraNetworks
 from training.run.processes import join_processes
+from training.run.sources import load_student
 
 pytestmark = pytest.mark.train
 FINISH = ("--finish", "distribution-matching", "--finish-warmup-steps", 1, "--teacher-dtype", "fp32")

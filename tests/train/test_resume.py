@@ -274,7 +274,7 @@ def spoil(monkeypatch, spoilt):
 
     def backward(run):
         loss = real(run)
-        if run.step + 1 in spoilt:
+        if loss is not None and run.step + 1 in spoilt:
             run.networks.trainable()[0].grad.view(-1)[0] = float("inf")
         return loss
 

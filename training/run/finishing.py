@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splam_core import DistributionMatching, draw_places, matching_draws, predict_epsilon, simulate
+from splam_core import Denoiser, DistributionMatching, draw_places, matching_draws, predict_epsilon, simulate
+from splam_core.recipe import on_device
 
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.sampling import guided_output
 from .config import Config
-from .consistency import on_device
+from .consistency import Consistency
 from .networks import Networks
 
 
@@ -66,3 +67,14 @@ class Finishing:
         """UNet evaluations of these samples; a backward pass counts 2."""
         _, places = draw_places(self.config.seed, indices, self.config.finish_step_counts)
         return sum(places) + len(indices) * self.config.finish_forwards_that_learn
+
+
+def finish_of(stage: Consistency) -> Finishing:
+    """The finish of a method, with the networks, teacher and settings of that."""
+    config, teacher = stage.config, stage.teacher
+    objective = DistributionMatching(
+        Denoiser(teacher.schedule, teacher.prediction_type, config.conditioning),
+        (config.finish_noise_range[0], config.finish_noise_range[1]),
+        config.finish_anchor,
+    )
+    return Finishing(config, teacher, stage.negative, stage.networks, objective)

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from splam_core import Denoiser, DistributionMatching, LossWatch, Objective, learning_rate_share
+from splam_core import LossWatch, Objective, learning_rate_share
 
 from ..data import TrainingData
 from ..data.base import Share
@@ -35,11 +35,12 @@ from .checkpoints import (
 )
 from .config import FINISH_SETTINGS, Config
 from .consistency import Consistency, plain_attention
-from .finishing import Finishing
+from .finishing import Finishing, finish_of
 from .identity import changes, weights_digest
-from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype, load_student, update_averages
+from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype, update_averages
 from .optimizers import build_optimizer
 from .sharding import OptimizerState, sharding_mesh
+from .sources import load_student
 from .stopping import StoppedError, StopRequest
 from .validation import Score, Validation
 
@@ -147,7 +148,7 @@ class Distillation:
 
     def begin_finish(self) -> None:
         """From the method to its finish: other losses, a second network that learns, and optimizers that begin anew."""
-        config, stage = self.config, self.stage
+        config = self.config
         self.networks.begin_finish()
         betas = (config.finish_beta1, config.finish_beta2)
         own = self.optimizers["student"]
@@ -165,13 +166,7 @@ class Distillation:
         )
         self.optimizers["fake"] = self.accelerator.prepare_optimizer(fake)
         self.watches = {"student": LossWatch(), "fake": LossWatch()}
-        schedule, prediction_type = self.pipeline.schedule, self.pipeline.prediction_type
-        objective = DistributionMatching(
-            Denoiser(schedule, prediction_type, config.conditioning),
-            (config.finish_noise_range[0], config.finish_noise_range[1]),
-            config.finish_anchor,
-        )
-        self.stage = Finishing(config, stage.teacher, stage.negative, self.networks, objective)
+        self.stage = finish_of(self.stage)
         self.objects, self.finishing = self._objects(), True
 
     def train(self, stop: StopRequest | None = None) -> Iterator[Progress]:

@@ -12,10 +12,10 @@ import torch
 
 from .config import Config
 from .loop import Distillation
-from .networks import load_teacher
 from .plan import GB
 from .processes import join_processes
 from .report import peak_memory
+from .sources import load_teacher
 
 
 def measure(config: Config, steps: int = 3) -> str:

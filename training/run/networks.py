@@ -24,11 +24,8 @@ from splam_core.denoiser import Network
 from splam_core.lora import lora_start
 from splam_core.recipe import LORA_TARGETS
 
-from ..models.files import read_model
-from ..models.load import load_pipeline
-from ..models.lora import as_adapter, is_lora, merged, read_lora
+from ..models.lora import as_adapter, merged
 from ..models.pipeline import DTYPES, Conditioning, Pipeline, unet_arguments
-from ..models.teachers import resolve
 from .config import Config
 from .memory import keep_less
 from .sharding import gathered, own_shards, shard, shards_of
@@ -91,11 +88,7 @@ class FullNetworks(_Networks):
     """
 
     def __init__(
-        self,
-        pipeline: Pipeline,
-        config: Config,
-        mesh: DeviceMesh | None = None,
-        begun: dict[str, Tensor] | None = None,
+        self, pipeline: Pipeline, config: Config, mesh: DeviceMesh | None = None, begun: dict[str, Tensor] | None = None
     ) -> None:
         """begun: weights of a plain UNet that student and target begin with; None: the teacher's."""
         super().__init__(pipeline, config)
@@ -156,9 +149,8 @@ class FullNetworks(_Networks):
             self.start = self._another(self.target)
             keep_less(self.start, False)
         if self.config.compile:
-            for unet in (self.fake, self.start):
-                if unet is not None:
-                    unet.compile()
+            for unet in filter(None, (self.fake, self.start)):
+                unet.compile()
 
     def _another(self, unet: nn.Module) -> nn.Module:
         """A frozen fp32 UNet with the weights of one that lies as all do, in shards or not."""
@@ -168,9 +160,7 @@ class FullNetworks(_Networks):
             config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
             other = UNet2DConditionModel.from_config(config).to(unet.device).eval().requires_grad_(False)
         shard(other, self.mesh)
-        with torch.no_grad():
-            for key, weight in own_shards(other.state_dict()).items():
-                weight.copy_(own_shards({key: unet.state_dict()[key]})[key])
+        _copy(own_shards(other.state_dict()), own_shards(unet.state_dict()))
         return other
 
     @contextlib.contextmanager
@@ -290,7 +280,6 @@ class LoraNetworks(_Networks):
 
     @property
     def roles(self) -> list[str]:
-        """Those with weights of their own, which a checkpoint holds."""
         return ["student", "target", *(["release"] if self.release else []), *self.finishing]
 
     def begin_finish(self) -> None:
@@ -309,7 +298,6 @@ class LoraNetworks(_Networks):
 
     @contextlib.contextmanager
     def learning(self, role: str) -> Iterator[None]:
-        """Around a role's backward pass: a checkpointed one runs its UNet again."""
         self.switch(role)
         try:
             yield
@@ -449,47 +437,3 @@ def _exchange(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         kept = weight.to(other[key].device, copy=True)
         weight.copy_(other[key])
         other[key].copy_(kept)
-
-
-def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
-    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
-    dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
-    return load_pipeline(
-        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
-    )
-
-
-def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None:
-    """What --student names, as the networks take it: a plain UNet's weights or, for a LoRA run, a LoRA's.
-
-    Before there are networks. Raises what `resolve` raises, and ValueError for a student of another kind or model.
-    """
-    if config.student is None:
-        return None
-    place = resolve(config.student, download=False)
-    if is_lora(place):
-        lora = read_lora(place)
-        return lora if config.lora else merged(pipeline.unet.float().state_dict(), lora, name=str(place))
-    if config.lora:
-        raise ValueError(
-            f"--student {config.student} is a whole model, and a --lora goes on from a LoRA: leave --lora away, or "
-            f"make one of it with training/export.py --to lora --base {config.teacher}."
-        )
-    model = read_model(place).folded("splam")
-    own = pipeline.unet.state_dict()
-    different = [key for key in own.keys() | model.unet.keys() if _shape(own, key) != _shape(model.unet, key)]
-    if different:
-        raise ValueError(
-            f"--student {config.student} is another architecture than --teacher {config.teacher}: {len(different)} "
-            f"weights differ, the first {min(different)}. Give the student's own teacher."
-        )
-    if model.vae and model.prediction_type != pipeline.prediction_type:
-        raise ValueError(
-            f"--student {config.student} predicts {model.prediction_type}, --teacher {config.teacher} "
-            f"{pipeline.prediction_type}: give the student's own teacher."
-        )
-    return model.unet
-
-
-def _shape(weights: dict[str, Tensor], key: str) -> torch.Size | None:
-    return weights[key].shape if key in weights else None

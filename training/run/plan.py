@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from splam_core import Denoiser, DistributionMatching, NoiseSchedule
+from splam_core import NoiseSchedule
 
 from ..data.latents import GROUP
 from ..models.architectures import ARCHITECTURES, Architecture
@@ -28,7 +28,7 @@ from ..models.teachers import TEACHERS, resolve
 from .config import Config
 from .consistency import Consistency
 from .counting import GPU, Living, rounded
-from .finishing import Finishing
+from .finishing import Finishing, finish_of
 from .networks import FullNetworks, LoraNetworks, base_dtype
 from .optimizers import state_bytes
 
@@ -193,14 +193,10 @@ def _step(
     gpu = GPU(DTYPES[config.mixed_precision] if config.mixed_precision != "no" else None)
     batch = _batch(pipeline, size, resolution)
     negative = _batch(pipeline, 1, resolution)[1]
-    stage: Consistency | Finishing
+    objective = config.objective(pipeline.schedule, pipeline.prediction_type)
+    stage: Consistency | Finishing = Consistency(config, pipeline, negative, networks, objective)
     if "fake" in networks.roles:
-        denoiser = Denoiser(pipeline.schedule, pipeline.prediction_type, config.conditioning)
-        matching = DistributionMatching(denoiser, anchor=config.finish_anchor)
-        stage = Finishing(config, pipeline, negative, networks, matching)
-    else:
-        objective = config.objective(pipeline.schedule, pipeline.prediction_type)
-        stage = Consistency(config, pipeline, negative, networks, objective)
+        stage = finish_of(stage)
     losses, role = stage.losses(*batch, range(size)), "student"
     with gpu:
         while True:

@@ -1,0 +1,58 @@
+"""What a run begins with: its teacher, and the student that --student names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models.files import read_model
+from ..models.load import load_pipeline
+from ..models.lora import is_lora, merged, read_lora
+from ..models.pipeline import Pipeline
+from ..models.teachers import resolve
+from .config import Config
+from .networks import base_dtype
+
+
+def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
+    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
+    dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
+    return load_pipeline(
+        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
+    )
+
+
+def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None:
+    """What --student names, as the networks take it: a plain UNet's weights or, for a LoRA run, a LoRA's.
+
+    Before there are networks. Raises what `resolve` raises, and ValueError for a student of another kind or model.
+    """
+    if config.student is None:
+        return None
+    place = resolve(config.student, download=False)
+    if is_lora(place):
+        lora = read_lora(place)
+        return lora if config.lora else merged(pipeline.unet.float().state_dict(), lora, name=str(place))
+    if config.lora:
+        raise ValueError(
+            f"--student {config.student} is a whole model, and a --lora goes on from a LoRA: leave --lora away, or "
+            f"make one of it with training/export.py --to lora --base {config.teacher}."
+        )
+    model = read_model(place).folded("splam")
+    own = pipeline.unet.state_dict()
+    different = [key for key in own.keys() | model.unet.keys() if _shape(own, key) != _shape(model.unet, key)]
+    if different:
+        raise ValueError(
+            f"--student {config.student} is another architecture than --teacher {config.teacher}: {len(different)} "
+            f"weights differ, the first {min(different)}. Give the student's own teacher."
+        )
+    if model.vae and model.prediction_type != pipeline.prediction_type:
+        raise ValueError(
+            f"--student {config.student} predicts {model.prediction_type}, --teacher {config.teacher} "
+            f"{pipeline.prediction_type}: give the student's own teacher."
+        )
+    return model.unet
+
+
+def _shape(weights: dict[str, Tensor], key: str) -> torch.Size | None:
+    return weights[key].shape if key in weights else None
