@@ -270,3 +270,21 @@ def test_settings_come_from_a_file_and_from_the_teacher(tmp_path):
     assert parse(["--teacher", "embedded"]).total_steps == 2400
     assert parse(["--teacher", "embedded", "--steps", "3"]).max_train_steps == 3
     assert config.settings().keys() >= FINISH_SETTINGS
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_validation_and_sheets_go_on_and_choose_nothing(small, tiny_pipeline, tmp_path, mode):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red ring\n")
+    more = ("--finish-steps", 1, "--sample-every", 9, "--validation-samples", 4, "--sample-prompts", prompts)
+    small(tiny_pipeline, tmp_path / "run", 1, *FINISH, *MODES[mode], *more, "--skip", 500, "--solver-skip", 500)
+    run = tmp_path / "run"
+    assert sorted(file.name for file in run.glob("sheet-*")) == ["sheet-000001.png", "sheet-000002.png"]
+    method, finish = (json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines())
+    assert "validation/release/loss" in method and "validation/target/loss" in finish
+    assert "validation/release/loss" not in finish
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == 1
+    exported = load_file(run / "checkpoint-2" / "target.safetensors")
+    if mode == "full":
+        found = load_pipeline(run / "pipeline").unet.state_dict()
+        assert all(torch.equal(found[key], weight.half().float()) for key, weight in exported.items())
