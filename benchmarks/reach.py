@@ -1,6 +1,6 @@
-"""Negative prompts at guidance 1 on the embedded student: what they take away, and what they cost.
+"""Negative prompts at guidance 1 on the embedded student, and every few-step family against its own scheduler.
 
-    python dev.py python -m benchmarks.reach --json docs/results/reach.json
+    python dev.py python -m benchmarks.reach --json docs/results/reach.json [--only families]
 
 Each prompt leaves the colour open ("a large star"). A picture is drawn without a negative prompt; the embedded judge
 names its colour; the same seed is drawn again with "a large red star", in that colour, as the negative prompt. Right
@@ -12,15 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.graphs import save_latent, text_to_image
+from harness.reference import (
+    FAMILIES,
+    Reference,
+    few_step,
+    few_step_of_family,
+    node_noises,
+    relative_error,
+    write_pipeline,
+)
+from harness.server import ComfyServer
 from splam_core.nag import Nag, normalized_attention
 from training.models.load import load_pipeline
 from training.models.sampling import generate
@@ -31,7 +46,7 @@ from training.scenes.shapes import SHAPES, Caption, Placed, Thing
 from .parity import SHAPES as UNETS
 
 STEPS, SIZE = 4, "large"
-SETTINGS = [Nag(3.0), Nag(5.0), Nag(8.0), Nag(5.0, alpha=1.0)]
+SETTINGS = [Nag(3.0, alpha=0.25), Nag(5.0, alpha=0.25), Nag(8.0, alpha=0.25), Nag(3.0), Nag(5.0), Nag(8.0)]
 DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
 
 
@@ -171,12 +186,46 @@ def cost(repeats: int) -> dict:
     return {"nag_cost_ratio": median(ratios[1:]), "nag_cost_ratio_sd15_operations": operations[1] / operations[0]}
 
 
+def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, float]:
+    """Largest error of SPLAM Sampler's latents over their deviation: 1, 2, 4 and 8 steps, noise and v predictions."""
+    prompt, seed, shape, worst = "a large red star", 7, (1, 4, 16, 16), {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder) / "models" / "diffusers"
+        for number, kind in enumerate(("epsilon", "v_prediction")):
+            write_pipeline(models / kind, prediction_type=kind, seed=number)
+        references = {kind: Reference(models / kind) for kind in ("epsilon", "v_prediction")}
+        tokenizer = load_pipeline("embedded-student", torch.device("cpu")).tokenizer
+        token_ids = tokenizer(prompt)["input_ids"]
+        with ComfyServer(comfyui, Path(folder), arguments=("--cpu",)) as server:
+            for family in ("splam", *FAMILIES):
+                errors = []
+                for kind, reference in references.items():
+                    call = reference.unet, reference.scheduler_config, reference.embed(token_ids)
+                    for steps in (1, 2, 4, 8):
+                        noises = node_noises(shape, seed)
+                        run = few_step if family == "splam" else partial(few_step_of_family, family)
+                        graph = text_to_image(f"diffusers/{kind}", prompt, seed=seed, steps=steps, family=family)
+                        (file,) = server.files(server.run(save_latent(graph)))
+                        found = load(file)["latent_tensor"] * 0.31
+                        errors.append(relative_error(found, run(*call, *noises, steps)))
+                worst[family] = max(errors)
+                report(f"{family}: {worst[family]:.1e}")
+    return worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
     parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight shapes")
+    parser.add_argument("--only", choices=("negative", "families"), help="one part of the numbers")
     options = parser.parse_args()
-    numbers = {"nag_formula_error": formula_error(), **cost(repeats=40), **negation(options.seeds)}
+    if options.only != "negative" and not os.environ.get("COMFYUI_PATH"):
+        parser.error("COMFYUI_PATH names no ComfyUI; run this through `python dev.py python`.")
+    numbers: dict = {}
+    if options.only != "families":
+        numbers |= {"nag_formula_error": formula_error(), **cost(repeats=40), **negation(options.seeds)}
+    if options.only != "negative":
+        numbers["families"] = families(Path(os.environ["COMFYUI_PATH"]))
     there = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(there | numbers, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,14 @@ from unittest import mock
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -166,6 +173,81 @@ def few_step(
         last = i + 1 == len(timesteps)
         x = x0 if last else scheduler.add_noise(x0, fresh_noise(x0, int(timesteps[i + 1])), timesteps[i + 1 : i + 2])
     return x
+
+
+FAMILIES = ("dmd2", "tcd", "hyper", "lightning", "ddim")  # beside LCM's own, which is `few_step`
+
+
+@torch.no_grad()
+def few_step_of_family(
+    family: str,
+    unet: UNet2DConditionModel,
+    scheduler_config: dict,
+    embeds: torch.Tensor,
+    noise: torch.Tensor,
+    fresh_noise: Callable[[torch.Tensor, int], torch.Tensor],
+    steps: int,
+    strength: float = 1.0,
+    image: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    eta: float = 0.3,
+) -> torch.Tensor:
+    """`few_step` with the scheduler that a family's publishers name, its own `step` and its own start.
+
+    LCMScheduler with DMD2's timesteps, TCDScheduler, EulerDiscreteScheduler and DDIMScheduler with trailing ones. At a
+    strength below 1 the last `steps` of int(steps / strength) trailing timesteps are run.
+    """
+    cut, total = image is not None and strength < 1, int(steps / strength)
+    trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    if family == "dmd2":
+        scheduler = LCMScheduler.from_config(scheduler_config)
+        grid = [399] if steps == 1 and not cut else [round(1000 - i * 1000 / total) - 1 for i in range(total)][-steps:]
+        scheduler.set_timesteps(timesteps=grid)
+    elif family in ("tcd", "hyper"):
+        scheduler = TCDScheduler.from_config(scheduler_config)
+        if family == "hyper" and steps == 1 and not cut:
+            scheduler.set_timesteps(timesteps=[800])
+        else:
+            scheduler.set_timesteps(steps, strength=strength)
+    else:
+        kind = EulerDiscreteScheduler if family == "lightning" else DDIMScheduler
+        scheduler = kind.from_config(scheduler_config, **trailing)
+        scheduler.set_timesteps(total)
+        if family == "lightning":
+            scheduler.set_begin_index(total - steps)
+    timesteps = scheduler.timesteps[-steps:]
+    x = noise * scheduler.init_noise_sigma
+    if image is not None:
+        x = scheduler.add_noise(image, noise, timesteps[:1])
+    options = {"eta": eta} if family in ("tcd", "hyper") else {}
+    for i, t in enumerate(timesteps):
+        seen = x
+        if mask is not None:
+            seen = mask * x + (1 - mask) * scheduler.add_noise(image, noise, timesteps[i : i + 1])
+        scaled = scheduler.scale_model_input(seen, t)
+        output = unet(scaled, t.long(), embeds.expand(len(x), -1, -1)).sample
+        if mask is not None:
+            # The host's mask is on x0, beside the scheduler: what is left of x after it is the noise of the step.
+            signal = scheduler.alphas_cumprod[int(t)]
+            alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+            if family == "lightning":
+                alpha, sigma = torch.tensor(1.0), sigma / alpha
+            x0 = mask * (seen - sigma * output) / alpha + (1 - mask) * image
+            if family == "dmd2":
+                c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+                x0 = mask * (c_out * (seen - sigma * output) / alpha + c_skip * seen) + (1 - mask) * image
+                last = i + 1 == len(timesteps)
+                following = timesteps[i + 1 : i + 2]
+                x = x0 if last else scheduler.add_noise(x0, fresh_noise(x0, int(following)), following)
+                continue
+            output = (x - alpha * x0) / sigma
+        following = int(timesteps[i + 1]) if i + 1 < steps else None
+        drawn = mock.patch.object(
+            sys.modules[scheduler.__module__], "randn_tensor", lambda *_, t=following, x=x, **__: fresh_noise(x, t)
+        )
+        with drawn:
+            x = scheduler.step(output, t, x, return_dict=False, **options)[0]
+    return x if mask is None or family == "dmd2" else mask * x + (1 - mask) * x0
 
 
 @torch.no_grad()

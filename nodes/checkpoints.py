@@ -29,8 +29,10 @@ from ..splam_core.checkpoint import (
     read_metadata,
     weight_files,
 )
+from ..splam_core.families import family_told
 from ..splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
 from .catalogue import Location, read_json
+from .families import ATTACHMENT as FAMILY
 from .gamma import ATTACHMENT, GammaWeights
 from .host import Clip, Model, Vae
 from .parametrisation import declare, patch, prediction_type_of, schedule_of
@@ -87,6 +89,11 @@ def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     if checkpoint.gamma is not None:
         model.set_attachments(ATTACHMENT, checkpoint.gamma)
+    told = family_told(checkpoint.path.name, checkpoint.metadata, checkpoint.configs.get("scheduler"))
+    if told is None and checkpoint.is_few_step:
+        told = "splam", "its loader knows it as a SPLAM or LCM"
+    if told is not None:
+        model.set_attachments(FAMILY, told)
     return Loaded(model, clip, vae, _warnings(checkpoint, clip, vae))
 
 

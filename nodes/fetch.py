@@ -20,6 +20,7 @@ from server import PromptServer
 from ..splam_core.checkpoint import shortened
 from .catalogue import host_names, in_host_names
 from .host import ProgressBar
+from .options import search_aliases
 
 RECORD = "splam-fetch.json"
 KEPT = (".safetensors", ".json", ".txt")  # never a pickle
@@ -82,6 +83,7 @@ class SPLAMFetch(io.ComfyNode):
                 "safetensors and configuration files, with their hashes checked. Several GB. A cut download goes on "
                 "where it stopped; what is complete is not asked for again."
             ),
+            **search_aliases("download model", "hugging face", "LCM"),
             inputs=[
                 io.Combo.Input(
                     "release",

@@ -6,6 +6,7 @@ from ..splam_core.checkpoint import reading
 from .announce import warn
 from .catalogue import find_models, host_names, locate
 from .checkpoints import files_of, load
+from .options import search_aliases
 
 
 class SPLAMLoader(io.ComfyNode):
@@ -20,6 +21,7 @@ class SPLAMLoader(io.ComfyNode):
                 "Takes diffusers pipelines and UNets (models/diffusers), UNet files (models/diffusion_models), single "
                 "files (models/checkpoints) and the models embedded in this pack."
             ),
+            **search_aliases("LCM", "load checkpoint", "diffusers", "few steps"),
             inputs=[
                 io.Combo.Input(
                     "model_name",

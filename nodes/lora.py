@@ -25,10 +25,13 @@ from ..splam_core.checkpoint import (
     read_metadata,
     reading,
 )
+from ..splam_core.families import family_told
 from ..splam_core.keys import lora_key
 from .announce import warn
 from .catalogue import host_names, is_pickle, read_json
+from .families import ATTACHMENT as FAMILY
 from .host import Clip, Model, WeightAdapter
+from .options import search_aliases
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
@@ -53,6 +56,7 @@ class SPLAMLoraLoader(io.ComfyNode):
                 "Puts a LoRA on a model: slam-lora-sdxl, LCM LoRAs, and those that this repository trains, whichever "
                 "program named their keys. Every key is used, or named in one warning."
             ),
+            **search_aliases("LCM LoRA", "DMD2", "Hyper-SD", "Lightning LoRA", "few steps"),
             inputs=[
                 io.Model.Input("model", tooltip="The model of the family that the LoRA was trained on."),
                 io.Combo.Input("lora_name", options=list_loras(), tooltip="A .safetensors file in models/loras."),
@@ -150,6 +154,8 @@ def apply_lora(
         if isinstance(patches.get(target), comfy.weight_adapter.LoRAAdapter):
             patches[target] = PeftDora(patches[target], magnitude)
     patched = model.clone()
+    if strength_model != 0 and (told := family_told(path.name, read_metadata(path))) is not None:
+        patched.set_attachments(FAMILY, told)
     placed = set(patched.add_patches(patches, strength_model))
     if clip is not None:
         clip = clip.clone()

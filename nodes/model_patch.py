@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from .gamma import patch_gamma
 from .host import Model
+from .options import search_aliases
 from .parametrisation import as_consistency_model
 
 
@@ -18,6 +19,7 @@ class SPLAMModelPatch(io.ComfyNode):
                 "Gives any MODEL of Stable Diffusion 1.x, 2.x or XL the sampling parametrisation of SPLAM and LCM, "
                 "after LoRAs, IPAdapter and other patches. Other samplers of the host then read its output rightly."
             ),
+            **search_aliases("LCM", "ModelSamplingDiscrete"),
             inputs=[
                 io.Model.Input("model", tooltip="A few-step model from any loader, with or without LoRAs and patches."),
                 io.Combo.Input(

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..splam_core.nag import Nag
 from .host import Conditioning, Model
 from .nag import patch_negative
-from .options import nag_scale_input
+from .options import nag_scale_input, search_aliases
 
 
 class SPLAMNegativePrompt(io.ComfyNode):
@@ -20,6 +20,7 @@ class SPLAMNegativePrompt(io.ComfyNode):
                 "guidance (NAG) in the cross-attention of any UNet of Stable Diffusion 1.x, 2.x or XL, SPLAM or not, "
                 "under any sampler."
             ),
+            **search_aliases("NAG", "normalized attention guidance", "negative prompt cfg 1"),
             inputs=[
                 io.Model.Input("model", tooltip="After LoRAs, IPAdapter and other patches, or before: they all stay."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),

@@ -1,8 +1,16 @@
 """Inputs that more than one node has: one wording, one range."""
 
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
+
+from ..splam_core.families import FAMILIES
+
+
+def search_aliases(*names: str) -> dict[str, list[str]]:
+    """Schema's argument with other names under which the page's search finds a node; none in a host that lacks it."""
+    return {"search_aliases": list(names)} if "search_aliases" in {field.name for field in fields(io.Schema)} else {}
 
 
 def steps_input() -> io.Int.Input:
@@ -55,3 +63,32 @@ def advanced(widget: Any) -> Any:
     """The same input, which the page shows among the advanced ones; older hosts have no argument for it."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def family_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "family",
+        options=[*FAMILIES, "auto"],
+        default="splam",
+        optional=True,
+        tooltip=(
+            "How the model was distilled. splam: SPLAM and LCM. dmd2: DMD2. tcd: TCD. hyper: Hyper-SD's LoRA for any "
+            "number of steps. lightning: Lightning. ddim: PCM, and Hyper-SD of a fixed number of steps. auto: what the "
+            "model's files tell, which is said when it runs."
+        ),
+    )
+
+
+def eta_input() -> io.Float.Input:
+    return io.Float.Input(
+        "eta",
+        default=0.3,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        optional=True,
+        tooltip=(
+            "Of the families tcd and hyper alone: share of fresh noise between the steps. 0 is none; 0.3 is TCD's, 1 "
+            "Hyper-SD's at few steps."
+        ),
+    )

@@ -8,10 +8,19 @@ import latent_preview
 from comfy_api.latest import io
 
 from ..splam_core.nag import Nag
-from .few_step import check_latent, check_steps, sample_splam, splam_sigmas
+from .families import family_of, family_sigmas, sampler_of
+from .few_step import check_latent, check_steps
 from .host import Conditioning, Latent, Model
 from .nag import patch_negative
-from .options import denoise_input, nag_scale_input, refinements_input, steps_input
+from .options import (
+    denoise_input,
+    eta_input,
+    family_input,
+    nag_scale_input,
+    refinements_input,
+    search_aliases,
+    steps_input,
+)
 from .parametrisation import as_consistency_model
 
 
@@ -26,6 +35,7 @@ class SPLAMSampler(io.ComfyNode):
                 "Samples a SPLAM (or LCM) model in 1 to 8 steps, as the authors' pipeline does. "
                 "One model evaluation a step, no guidance pass unless asked; works with a MODEL from any loader."
             ),
+            **search_aliases("LCM", "DMD2", "TCD", "Hyper-SD", "Lightning", "PCM", "few steps", "turbo", "KSampler"),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A SPLAM or LCM model of Stable Diffusion 1.x, 2.x or XL, with or without LoRAs."
@@ -70,6 +80,8 @@ class SPLAMSampler(io.ComfyNode):
                 ),
                 refinements_input(),
                 nag_scale_input(1.0, optional=True),
+                family_input(),
+                eta_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latents.")],
         )
@@ -87,8 +99,16 @@ class SPLAMSampler(io.ComfyNode):
         guidance: float = 1.0,
         refinements: int = 0,
         nag_scale: float = 1.0,
+        family: str = "splam",
+        eta: float = 0.3,
     ) -> io.NodeOutput:
-        check_steps("SPLAM Sampler", steps, denoise)
+        chosen = family_of("SPLAM Sampler", model, family)
+        if refinements > 0 and chosen.name != "splam":
+            raise ValueError(
+                f"SPLAM Sampler: refinements are SPLAM's, and the family is '{chosen.name}'. Set refinements to 0."
+            )
+        if not chosen.trailing:
+            check_steps("SPLAM Sampler", steps, denoise)
         for name, value in (("guidance", guidance), ("nag_scale", nag_scale)):
             if value > 1 and negative is None:
                 raise ValueError(
@@ -118,8 +138,8 @@ class SPLAMSampler(io.ComfyNode):
         result = guider.sample(
             noise,
             samples,
-            comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements}),
-            splam_sigmas(model.get_model_object("model_sampling"), steps, denoise),
+            sampler_of(chosen.name, refinements, eta),
+            family_sigmas("SPLAM Sampler", model.get_model_object("model_sampling"), chosen, steps, denoise),
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,

@@ -113,7 +113,7 @@ def fits(spec: list, value) -> bool:
 
 
 def test_the_template_browser_offers_the_whole_set(server):
-    real = {"splam_controlnet", "splam_dreamshaper7", "splam_sdxl_lora", "splam_distil_checkpoint"}
+    real = {"splam_controlnet", "splam_dreamshaper7", "splam_sdxl_lora", "splam_distil_checkpoint", "splam_families"}
     assert set(names()) == {*EMBEDDED, "splam_distil", *real}
     assert sorted(server.get("/workflow_templates")[PACK]) == names()
     for name in names():
