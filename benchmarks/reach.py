@@ -46,7 +46,7 @@ from training.scenes.shapes import SHAPES, Caption, Placed, Thing
 from .parity import SHAPES as UNETS
 
 STEPS, SIZE = 4, "large"
-SETTINGS = [Nag(3.0, alpha=0.25), Nag(5.0, alpha=0.25), Nag(8.0, alpha=0.25), Nag(3.0), Nag(5.0), Nag(8.0)]
+SETTINGS = [Nag(3.0), Nag(5.0), Nag(8.0)]
 DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
 
 
@@ -216,7 +216,7 @@ def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
-    parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight shapes")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures of each of the eight shapes")
     parser.add_argument("--only", choices=("negative", "families"), help="one part of the numbers")
     options = parser.parse_args()
     if options.only != "negative" and not os.environ.get("COMFYUI_PATH"):

@@ -1,5 +1,8 @@
 """splam_core's families of few-step models in ComfyUI's variables: one sampler and one schedule for all of them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.samplers
 import torch
 from tqdm.auto import tqdm
@@ -10,7 +13,7 @@ from ..splam_core.sampler import fresh_noise
 from ..splam_core.schedule import broadcast_to
 from .announce import tell
 from .few_step import NAME, _numbers_in_batch, check_latent, check_sigmas, check_steps, sample_splam, splam_sigmas
-from .host import Model, ModelSampling, WrappedModel
+from .host import Model, ModelSampling, Sampler, WrappedModel
 from .parametrisation import is_consistency, is_empty, nearest_timesteps, schedule_of
 
 AUTO = "auto"
@@ -45,7 +48,7 @@ def family_sigmas(node: str, sampling: ModelSampling, family: Family, steps: int
     return torch.cat([sampling.sigma(timesteps), torch.zeros(1)])
 
 
-def sampler_of(family: str, refinements: int, eta: float) -> comfy.samplers.KSAMPLER:
+def sampler_of(family: str, refinements: int, eta: float) -> Sampler:
     """The SAMPLER of a family by its name, "auto" included."""
     if family == NAME:
         return comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements})
@@ -54,7 +57,17 @@ def sampler_of(family: str, refinements: int, eta: float) -> comfy.samplers.KSAM
 
 
 @torch.no_grad()
-def sample_family(model, x, sigmas, extra_args=None, callback=None, disable=None, refinements=0, family=AUTO, eta=0.3):
+def sample_family(
+    model: WrappedModel,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    refinements: int = 0,
+    family: str = AUTO,
+    eta: float = 0.3,
+) -> torch.Tensor:
     """One model evaluation a step on any MODEL of a discrete schedule, whichever parametrisation it has."""
     extra_args = {} if extra_args is None else extra_args
     if len(sigmas) < 2:
@@ -114,4 +127,5 @@ def _start(
     from_noise = at_top or (steps == 1 and t == family.one_step)
     wanted = torch.where(empty, unit if from_noise and family.starts_unit else sigma, sigma)
     given = torch.where(empty if patched else torch.ones_like(empty), unit if at_top else sigma, sigma)
-    return noise * (wanted - given)
+    surplus: torch.Tensor = noise * (wanted - given)
+    return surplus

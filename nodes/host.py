@@ -11,6 +11,7 @@ ModelSampling: TypeAlias = Any  # of comfy.model_sampling: a MODEL's noise level
 Cond: TypeAlias = Any  # of comfy.conds: one of the things that a UNet is told
 UNet: TypeAlias = Any  # comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
 CrossAttention: TypeAlias = Any  # comfy.ldm.modules.attention.CrossAttention
+Sampler: TypeAlias = Any  # comfy.samplers.KSAMPLER
 WrappedModel: TypeAlias = Any  # of comfy.samplers, KSamplerX0Inpaint: a MODEL as k-diffusion samplers call it
 ClipTarget: TypeAlias = Any  # comfy.supported_models_base.ClipTarget: a tokenizer and a text encoder to build
 WrapperExecutor: TypeAlias = Any  # comfy.patcher_extension.WrapperExecutor: what a wrapper calls on
