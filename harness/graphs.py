@@ -75,6 +75,28 @@ def custom(model_name: str, prompt: str, *, seed: int, steps: int, size: int = 1
     }
 
 
+def distil(model_name: str, **settings) -> dict:
+    """SPLAM Distil, shortly, its LoRA saved and its losses drawn by the host's own nodes; None leaves an input out."""
+    inputs = {
+        **{"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2]},
+        **{"prompts": "", "steps": 4, "rank": 4, "resolution": 128, "seed": 0, "guidance": 3.0},
+        **{"batch_size": 2, "gradient_accumulation": 1, "learning_rate": 3e-4, "recipe": "default"},
+        **{"existing_lora": "none", "pictures_per_prompt": 1, "gradient_checkpointing": False},
+        **{"preview_every": 0, "autosave_every": 1},
+        **settings,
+    }
+    saved = {"lora": ["distil", 1], "prefix": "loras/distilled", "steps": ["distil", 3]}
+    return {
+        "model": {"class_type": "SPLAMLoader", "inputs": {"model_name": model_name}},
+        "distil": {
+            "class_type": "SPLAMDistil",
+            "inputs": {key: value for key, value in inputs.items() if value is not None},
+        },
+        "saved_lora": {"class_type": "SaveLoRA", "inputs": saved},
+        "curve": {"class_type": "LossGraphNode", "inputs": {"loss": ["distil", 2], "filename_prefix": "loss"}},
+    }
+
+
 def save_image(graph: dict) -> dict:
     """The graph with its result decoded and saved as PNG."""
     return graph | {

@@ -218,7 +218,8 @@ class SPLAMDistil(io.ComfyNode):
                 for role in ("target", "release") if begun else ():
                     run.adapters.load(role, begun)
                 start = [float(one.sum()) for one in begun.values()]
-                identity = run.identity(prompts[0], resolution[0], existing_lora[0], start, samples.identity())
+                said = None if positive else read_prompts(prompts[0])
+                identity = run.identity(said, resolution[0], existing_lora[0], start, samples.identity())
                 facts = metadata(run, f"SPLAM LoRA, {identity}", _family(host), cls.hidden.prompt)
                 autosave = Autosave(identity, facts)
                 autosave.go_on(run)
@@ -273,13 +274,16 @@ def _samples(
             return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
     def tell(number: int) -> Told:
-        one = entries[number % len(entries)]
-        return host.told([one] if positive else encode(one), blank)[0]
+        one, like = entries[number % len(entries)], torch.zeros(1, *given[number].shape) if given else blank
+        return host.told([one] if positive else encode(one), like)[0]
 
     if clip is not None:
         nothing = host.nothing(host.told(encode(""), blank, torch.float32)[0])
-    else:  # as ConditioningZeroOut
-        nothing = {name: one._copy_with(torch.zeros_like(one.cond)) for name, one in tell(0).items()}
+    else:
+        nothing = host.nothing(tell(0))
+        # As ConditioningZeroOut: without a CLIP there is no empty prompt.
+        name = "c_crossattn"
+        nothing = {**nothing, name: nothing[name]._copy_with(torch.zeros_like(nothing[name].cond))}
     return Samples(host, count, tell, nothing, shape, given, settings.batch_size, settings.seed)
 
 

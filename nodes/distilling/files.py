@@ -89,6 +89,11 @@ class Autosave:
         return folder() / f"distil-{self.identity}.safetensors"
 
     @property
+    def name(self) -> str:
+        """The LoRA's, as the user finds it."""
+        return f"output/{FOLDER}/{self.lora.name}"
+
+    @property
     def state(self) -> Path:
         return folder() / f"distil-{self.identity}{STATE}"
 
@@ -108,7 +113,8 @@ class Autosave:
             run.load_state(load_file(self.state), json.loads(read_metadata(self.state)[FACTS]))
         except (ValueError, KeyError, RuntimeError, OSError) as error:
             raise ValueError(
-                f"{NAME}: {self.state} cannot be gone on from ({str(error).splitlines()[0]}). Delete it to begin anew."
+                f"{NAME}: output/{FOLDER}/{self.state.name} cannot be gone on from ({str(error).splitlines()[0]}). "
+                "Delete it to begin anew."
             ) from error
         return True
 

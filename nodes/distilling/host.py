@@ -121,7 +121,10 @@ class HostUNet:
         return told
 
     def nothing(self, empty: Told) -> Told:
-        """What guidance takes for no prompt: the empty one, or zeros where the model has pooled text (SDXL)."""
+        """What guidance takes for no prompt: the empty one, or zeros where the model has pooled text (SDXL).
+
+        Sizes, which come after the pooled text, stay.
+        """
         if "y" not in empty:
             return empty
         blank = dict(empty)

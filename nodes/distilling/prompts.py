@@ -21,7 +21,7 @@ def read_prompts(text: str) -> list[str]:
     home = Path(folder_paths.get_input_directory()).resolve()
     path = (home / found[0]).resolve()
     if not path.is_relative_to(home) or not path.is_file():
-        raise ValueError(f"{NAME}: there is no file {found[0]!r} in {home}. Put it there, or write prompts.")
+        raise ValueError(f"{NAME}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
     prompts = _lines(path.read_text(encoding="utf-8", errors="replace"))
     if not prompts:
         raise ValueError(f"{NAME}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")

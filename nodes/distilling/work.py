@@ -61,10 +61,12 @@ class Work:
                 self._preview(bar, role)
         except _INTERRUPTED:
             self._save("target")
-            tell(f"{NAME}: stopped at step {run.step} of {run.settings.steps}, kept in {self.autosave.lora}. Queue the "
-                 "same graph to go on.")  # fmt: skip
+            kept = (
+                f", kept in {self.autosave.name}. Queue the same graph to go on." if run.step else ", before the first."
+            )
+            tell(f"{NAME}: stopped at step {run.step} of {run.settings.steps}{kept}")
             raise
-        tell(f"{NAME}: {run.step} steps, loss {run.losses[-1]:.4g}; also kept in {self.autosave.lora}")
+        tell(f"{NAME}: {run.step} steps, loss {run.losses[-1]:.4g}; also kept in {self.autosave.name}")
         return role
 
     def _steps(self, bar: ProgressBar) -> None:

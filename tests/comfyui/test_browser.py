@@ -97,3 +97,22 @@ def test_run_in_the_page_gives_the_pictures_of_the_api(name, page, server, objec
     for node, pictures in shown.items():
         expected = [Image.open(io.BytesIO(file)) for file in server.files({"outputs": {node: outputs[node]}})]
         assert [picture.tobytes() for picture in pictures] == [file.convert("RGB").tobytes() for file in expected]
+
+
+def test_distilling_shows_the_student_as_it_learns(page):
+    """The node's picture while it runs changes from preview to preview."""
+    workflow = read("splam_distil")
+    node = next(node for node in workflow["nodes"] if node["type"] == "SPLAMDistil")
+    values = {"steps": 3, "rank": 4, "batch_size": 1, "pictures_per_prompt": 1, "preview_every": 1}
+    page.open(workflow)
+    page.driver.execute_script(
+        """const [id, values] = arguments, node = app.graph.getNodeById(id);
+        for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+        window.previews = new Set();
+        const seen = event => previews.add((event.detail.blob ?? event.detail).size);
+        app.api.addEventListener("b_preview", seen); app.api.addEventListener("b_preview_with_metadata", seen);""",
+        node["id"],
+        values | {"prompts": "a large red ring\na small blue star"},
+    )
+    page.run()
+    assert page.driver.execute_script("return previews.size") >= 3

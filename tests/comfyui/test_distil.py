@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from harness import graphs
 from harness.graphs import save_latent, text_to_image
-from harness.server import ServerError
+from harness.server import ComfyServer, ServerError
 from splam_core.checkpoint import load_file, read_metadata
 
 pytestmark = pytest.mark.comfyui
@@ -19,26 +20,13 @@ PROMPTS = (
     "a small yellow ring right of a large green star",
     "a large red circle left of a small blue square",
 )
-SETTINGS = {
-    **{"prompts": "\n".join(PROMPTS), "steps": 4, "rank": 4, "resolution": 128, "seed": 3, "guidance": 3.0},
-    **{"batch_size": 2, "gradient_accumulation": 1, "learning_rate": 3e-4, "recipe": "default"},
-    **{"existing_lora": "none", "pictures_per_prompt": 1, "gradient_checkpointing": False},
-    **{"preview_every": 0, "autosave_every": 1},
-}
+SETTINGS = {"prompts": "\n".join(PROMPTS), "seed": 3}
 LOADER = {"model": {"class_type": "SPLAMLoader", "inputs": {"model_name": "embedded-teacher"}}}
 
 
 def distil(**settings) -> dict:
-    """The graph of a run, its LoRA saved by the host's node."""
-    inputs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], **SETTINGS, **settings}
-    inputs = {key: value for key, value in inputs.items() if value is not None}
-    saved = {"lora": ["distil", 1], "prefix": "loras/distilled", "steps": ["distil", 3]}
-    return {
-        **LOADER,
-        "distil": {"class_type": "SPLAMDistil", "inputs": inputs},
-        "saved_lora": {"class_type": "SaveLoRA", "inputs": saved},
-        "curve": {"class_type": "LossGraphNode", "inputs": {"loss": ["distil", 2], "filename_prefix": "loss"}},
-    }
+    """The graph of a run on the embedded teacher."""
+    return graphs.distil("embedded-teacher", **{**SETTINGS, **settings})
 
 
 def picture(model: list, more: dict) -> dict:
@@ -131,6 +119,30 @@ def test_cancelling_keeps_what_was_learned_and_going_on_is_the_same_run(server):
     assert losses(server) == expected
 
 
+def test_a_run_goes_on_without_a_place_for_its_autosave(server):
+    """As on a full disk: one sentence in the log, and the outputs are there."""
+    graph = distil(steps=1, batch_size=1, seed=12, preview_every=0)
+    del graph["curve"]
+    server.run(graph)
+    file = states(server)[-1]
+    file.unlink()
+    (file / "in the way").mkdir(parents=True)
+    graph["distil"]["inputs"]["preview_every"] = 1000
+    try:
+        server.run(graph)
+    finally:
+        (file / "in the way").rmdir()
+        file.rmdir()
+    assert "the autosave of step 1 could not be written" in server.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("name", ["v", "deep"])
+def test_other_shapes_and_predictions(name, server):
+    graph = graphs.distil(f"diffusers/{name}", prompts=PROMPTS[0], steps=2, gradient_checkpointing=True)
+    server.run(graph)
+    assert len(losses(server)) == 2 and all(0 < loss < 1e3 for loss in losses(server))
+
+
 def test_a_prepared_set(server):
     """Conditionings and latents in place of prompts, as the host's own training node takes them."""
     nodes = {
@@ -149,6 +161,24 @@ def test_a_lora_is_gone_on_from(made, server):
     server.run(graph)
     with pytest.raises(ServerError, match="has rank 4, the input rank is 2"):
         server.run(distil(existing_lora=name, rank=2))
+
+
+def test_a_killed_server_loses_at_most_the_steps_since_its_autosave(comfyui, tmp_path):
+    graph = distil(steps=6, batch_size=1, seed=13)
+    del graph["curve"]
+    with ComfyServer(comfyui, tmp_path) as running:
+        running.queue(graph)
+        end = time.monotonic() + 300
+        while not states(running) and time.monotonic() < end:
+            time.sleep(0.02)
+        running.process.kill()
+        running.process.wait()
+    before = losses(running)
+    assert before
+    with ComfyServer(comfyui, tmp_path) as running:
+        running.run(graph)
+    assert losses(running)[: len(before)] == before and len(losses(running)) == 6
+    assert not list((tmp_path / "output" / "splam").glob("*.part"))
 
 
 SD3 = {"other": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 3.0}}}

@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load
 from transformers import CLIPTextModel
 
-from harness.graphs import save_latent, text_to_image
+from harness.graphs import distil, save_latent, text_to_image
 from harness.reference import few_step, node_noises, relative_error
 from harness.server import ComfyServer
+from splam_core.checkpoint import load_file
 from training.models.architectures import ARCHITECTURES
 from training.models.files import ModelFiles, write_folder, write_single_file
 from training.models.load import load_pipeline
@@ -109,3 +110,23 @@ def test_two_lora_steps_and_the_result_in_comfyui(comfyui, tmp_path, record_prop
         # The file is fp16, and the host's merge into fp16 weights rounds once more.
         assert relative_error(sample(on_base), reference) < 2e-2
         assert "lora key not loaded" not in server.log.read_text(errors="replace")
+
+
+def test_three_steps_of_splam_distil(comfyui, tmp_path):
+    """fp16 weights, as users have them: finite, a layer's key for each adapted layer, the control picture unchanged."""
+    models = tmp_path / "models" / "checkpoints"
+    models.mkdir(parents=True)
+    write_single_file(random_teacher(), models / "base.safetensors", "base")
+    control = save_latent(text_to_image("base.safetensors", PROMPT, seed=SEED, steps=1, size=64))
+    settings = {"steps": 3, "rank": 16, "resolution": 64, "batch_size": 1, "gradient_checkpointing": True}
+    graph = distil("base.safetensors", prompts="a fox\na hut", vae=None, **settings)
+    with ComfyServer(comfyui, tmp_path) as server:
+        before = load(server.files(server.run(control))[0])["latent_tensor"]
+        server.run(graph)
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        again = {**control, "saved": {**control["saved"], "inputs": {**control["saved"]["inputs"]}}}
+        again["saved"]["inputs"]["filename_prefix"] = "after"
+        after = load(server.files(server.run(again))[0])["latent_tensor"]
+    assert torch.equal(before, after)
+    lora = load_file(next((tmp_path / "output" / "loras").glob("distilled*")))
+    assert len(lora) == 3 * 278 and all(weight.isfinite().all() for weight in lora.values())

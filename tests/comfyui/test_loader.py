@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from harness.graphs import save_latent, text_to_image
+from harness.graphs import distil, save_latent, text_to_image
 from harness.reference import SCHEDULER, few_step, node_noises, relative_error
 from harness.server import ServerError
 from splam_core import authors_embedding
@@ -242,6 +242,14 @@ def test_stable_diffusion_xl_shape(xl, sample):
     noise, fresh = node_noises((1, 4, 16, 16), SEED)
     expected = few_step(unet, SCHEDULER, embeds, noise, fresh, 3, added_cond_kwargs=added)
     assert relative_error(sample(name), expected) < 1e-4
+
+
+def test_distilling_the_xl_shape(xl, server):
+    """Pooled text and sizes reach the UNet in training, and the LoRA has a place in it."""
+    graph = distil(xl[0], prompts="a red ring\na blue star", steps=2, vae=None, gradient_checkpointing=True)
+    graph |= {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
+    server.run(graph)
+    assert "lora key not loaded" not in server.log.read_text(errors="replace")
 
 
 def test_a_single_file_of_the_xl_shape(xl, pipelines, server, sample):
