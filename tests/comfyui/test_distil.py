@@ -163,6 +163,15 @@ def test_a_lora_is_gone_on_from(made, server):
         server.run(distil(existing_lora=name, rank=2))
 
 
+def test_out_of_memory_says_what_to_lower_and_keeps_what_was_learned(server):
+    short = {"short": {"class_type": "TestOutOfMemory", "inputs": {"model": ["model", 0]}}}
+    graph = distil(model=["short", 0], seed=14) | short
+    said = r"out of memory at step 2 .*Lower batch_size \(it is 2; .*, then resolution, then rank \(it is 4\)"
+    with pytest.raises(ServerError, match=said):
+        server.run(graph)
+    assert len(losses(server)) == 1
+
+
 def test_a_killed_server_loses_at_most_the_steps_since_its_autosave(comfyui, tmp_path):
     graph = distil(steps=6, batch_size=1, seed=13)
     del graph["curve"]

@@ -41,6 +41,30 @@ class TestAttentionReplace:
         return (model,)
 
 
+class TestOutOfMemory:
+    """A MODEL for whose second differentiated step the memory does not suffice."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        steps = []
+
+        def patch(hidden, transformer_options):
+            if torch.is_grad_enabled() and transformer_options["block"] == ("input", 0):
+                steps.append(None)
+                if len(steps) > 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return hidden
+
+        model = model.clone()
+        model.set_model_input_block_patch(patch)
+        return (model,)
+
+
 class _Residual(comfy.controlnet.ControlBase):
     """A ControlNet's part of the work without its network: a residual for the middle block.
 
@@ -117,6 +141,7 @@ NODE_CLASS_MAPPINGS = {
     "TestAttentionPatch": TestAttentionPatch,
     "TestAttentionReplace": TestAttentionReplace,
     "TestControlNet": TestControlNet,
+    "TestOutOfMemory": TestOutOfMemory,
     "TestWrapper": TestWrapper,
     "TestConditioning": TestConditioning,
 }
