@@ -1,6 +1,6 @@
-"""Negative prompts at guidance 1 on the embedded student, and every few-step family against its own scheduler.
+"""Negative prompts at guidance 1 on the embedded student, its variety, and every few-step family against its scheduler.
 
-    python dev.py python -m benchmarks.reach --json docs/results/reach.json [--only families]
+    python dev.py python -m benchmarks.reach --json docs/results/reach.json [--only negative]
 
 Each prompt leaves the colour open ("a large star"). A picture is drawn without a negative prompt; the embedded judge
 names its colour; the same seed is drawn again with "a large red star", in that colour, as the negative prompt. Right
@@ -42,6 +42,7 @@ from training.models.sampling import generate
 from training.models.teachers import ASSETS
 from training.scenes.judge import load_judge, shows
 from training.scenes.shapes import SHAPES, Caption, Placed, Thing
+from training.scoring.embedded_scores import coarse, features
 
 from .parity import SHAPES as UNETS
 
@@ -213,18 +214,50 @@ def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, 
     return worst
 
 
+@torch.no_grad()
+def variety(seeds: int) -> dict[str, float]:
+    """How far pictures of one prompt lie apart over seeds, of the student (4 steps) and its teacher (DDIM, 20, w 3).
+
+    Means over pairs of one prompt's pictures and over the eight prompts, which leave the colour open: `spread` of
+    pixels averaged to 32x32 (root mean square, in [-1, 1]), `spread_features` of the judge's pooled features, and
+    `spread_colours`, the share of pairs in which it sees different colours.
+    """
+    judge, found = load_judge(ASSETS / "judge.safetensors"), {}
+    for name, call in (("teacher", ("ddim", 20, 3.0)), ("student", ("splam", STEPS, 1.0))):
+        pipeline = load_pipeline(f"embedded-{name}", torch.device("cpu"))
+        pixels, deep, colours = [], [], []
+        for shape in SHAPES:
+            latents = generate(pipeline, [f"a {SIZE} {shape}"] * seeds, list(range(seeds)), *call, seeds)
+            pictures = pipeline.decode(latents).clamp(-1, 1).float()
+            pairs = torch.triu_indices(seeds, seeds, 1)
+            for space, distances in ((coarse(pictures), pixels), (features(judge, pictures), deep)):
+                apart = (space[pairs[0]] - space[pairs[1]]).square().mean(dim=1).sqrt()
+                distances.append(apart.mean().item())
+            seen = [placed[0].thing.colour if placed else None for placed in judge.detect(pictures)]
+            differ = [seen[a] != seen[b] for a, b in pairs.T.tolist()]
+            colours.append(sum(differ) / len(differ))
+        found |= {
+            f"spread_{name}": sum(pixels) / len(pixels),
+            f"spread_features_{name}": sum(deep) / len(deep),
+            f"spread_colours_{name}": sum(colours) / len(colours),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
     parser.add_argument("--seeds", type=int, default=8, help="pictures of each of the eight shapes")
-    parser.add_argument("--only", choices=("negative", "families"), help="one part of the numbers")
+    parser.add_argument("--only", choices=("negative", "families", "variety"), help="one part of the numbers")
     options = parser.parse_args()
-    if options.only != "negative" and not os.environ.get("COMFYUI_PATH"):
+    if options.only in (None, "families") and not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH names no ComfyUI; run this through `python dev.py python`.")
     numbers: dict = {}
-    if options.only != "families":
+    if options.only in (None, "negative"):
         numbers |= {"nag_formula_error": formula_error(), **cost(repeats=40), **negation(options.seeds)}
-    if options.only != "negative":
+    if options.only in (None, "variety"):
+        numbers |= variety(options.seeds)
+    if options.only in (None, "families"):
         numbers["families"] = families(Path(os.environ["COMFYUI_PATH"]))
     there = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ def few_step(
     the image may change, by ComfyUI's rule: before each evaluation the rest is the noised image, after it the image.
     guidance_scale: what a UNet with time_cond_proj is told. added_cond_kwargs: SDXL's.
     """
-    scheduler = LCMScheduler.from_config(scheduler_config)
+    scheduler = scheduler_of(LCMScheduler, scheduler_config)
     scheduler.set_timesteps(steps, original_inference_steps=50, strength=strength)
     timesteps = scheduler.timesteps
     x = noise * scheduler.init_noise_sigma
@@ -175,6 +175,14 @@ def few_step(
     return x
 
 
+def scheduler_of(kind: type, config: dict):
+    """A diffusers scheduler; with zero terminal SNR its table ends in the host's 4.9e-8, in place of 0 or 6.0e-8."""
+    scheduler = kind.from_config(config)
+    if config.get("rescale_betas_zero_snr"):
+        scheduler.alphas_cumprod[-1] = 4.8973451890853435e-08
+    return scheduler
+
+
 FAMILIES = ("dmd2", "tcd", "hyper", "lightning", "ddim")  # beside LCM's own, which is `few_step`
 
 
@@ -200,18 +208,18 @@ def few_step_of_family(
     cut, total = image is not None and strength < 1, int(steps / strength)
     trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     if family == "dmd2":
-        scheduler = LCMScheduler.from_config(scheduler_config)
+        scheduler = scheduler_of(LCMScheduler, scheduler_config)
         grid = [399] if steps == 1 and not cut else [round(1000 - i * 1000 / total) - 1 for i in range(total)][-steps:]
         scheduler.set_timesteps(timesteps=grid)
     elif family in ("tcd", "hyper"):
-        scheduler = TCDScheduler.from_config(scheduler_config)
+        scheduler = scheduler_of(TCDScheduler, scheduler_config)
         if family == "hyper" and steps == 1 and not cut:
             scheduler.set_timesteps(timesteps=[800])
         else:
             scheduler.set_timesteps(steps, strength=strength)
     else:
         kind = EulerDiscreteScheduler if family == "lightning" else DDIMScheduler
-        scheduler = kind.from_config(scheduler_config, **trailing)
+        scheduler = scheduler_of(kind, scheduler_config | trailing)
         scheduler.set_timesteps(total)
         if family == "lightning":
             scheduler.set_begin_index(total - steps)

@@ -10,7 +10,15 @@ from safetensors.torch import load, save_file
 from transformers import CLIPTokenizer
 
 from harness.graphs import custom, latent_to_image, save_latent, stock, text_to_image
-from harness.reference import FAMILIES, few_step_of_family, node_noises, relative_error
+from harness.reference import (
+    FAMILIES,
+    Reference,
+    few_step,
+    few_step_of_family,
+    node_noises,
+    relative_error,
+    write_pipeline,
+)
 from harness.server import ROOT, ServerError
 
 pytestmark = pytest.mark.comfyui
@@ -51,6 +59,30 @@ def test_text_to_image(family, steps, expected, run):
 def test_v_prediction_and_a_batch(family, expected, run):
     graph = text_to_image("diffusers/v", PROMPT, seed=SEED, steps=3, family=family, batch_size=2)
     assert relative_error(run(graph), expected(family, "v", 3, (2, 4, 16, 16))) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def zero_snr(pipelines) -> Reference:
+    """A v model whose schedule ends in noise alone, as NoobAI's and SD2.1's kinds, in the server's folder."""
+    folder = write_pipeline(pipelines.folder / "zero-snr", prediction_type="v_prediction", seed=9)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    return Reference(folder)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("family", ["splam", *FAMILIES])
+def test_zero_terminal_snr_and_v(family, steps, zero_snr, comfyui, run):
+    tokenizer = CLIPTokenizer.from_pretrained(comfyui / "comfy" / "sd1_tokenizer")
+    call = zero_snr.unet, zero_snr.scheduler_config, zero_snr.embed(tokenizer(PROMPT)["input_ids"])
+    noises = node_noises((1, 4, 16, 16), SEED)
+    if family == "splam":
+        expected = few_step(*call, *noises, steps)
+    else:
+        expected = few_step_of_family(family, *call, *noises, steps)
+    graph = text_to_image("diffusers/zero-snr", PROMPT, seed=SEED, steps=steps, family=family)
+    # diffusers' Euler takes numbers of 1e3 from one another in fp32: its own last digits.
+    assert relative_error(run(graph), expected) < (5e-3 if family == "lightning" else 1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
