@@ -47,7 +47,7 @@ from training.scoring.embedded_scores import coarse, features
 from .parity import SHAPES as UNETS
 
 STEPS, SIZE = 4, "large"
-SETTINGS = [Nag(3.0), Nag(5.0), Nag(8.0)]
+SETTINGS = [Nag(), Nag(3.0, alpha=0.5), Nag(5.0, alpha=0.5), Nag(8.0, alpha=0.5)]
 DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
 
 
@@ -247,7 +247,7 @@ def variety(seeds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
-    parser.add_argument("--seeds", type=int, default=8, help="pictures of each of the eight shapes")
+    parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight shapes")
     parser.add_argument("--only", choices=("negative", "families", "variety"), help="one part of the numbers")
     options = parser.parse_args()
     if options.only in (None, "families") and not os.environ.get("COMFYUI_PATH"):

@@ -35,7 +35,7 @@ class SPLAMNegativePrompt(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "nag_alpha",
-                    default=0.5,
+                    default=0.25,
                     min=0.0,
                     max=1.0,
                     step=0.05,

@@ -20,14 +20,14 @@ class Nag:
 
     scale: float = 5.0
     tau: float = 2.5
-    alpha: float = 0.5
+    alpha: float = 0.25
 
     def __post_init__(self) -> None:
         ranges = {"nag_scale": self.scale >= 1, "nag_tau": self.tau > 0, "nag_alpha": 0 <= self.alpha <= 1}
         if not all(ranges.values()):
             raise ValueError(
                 f"nag_scale must be 1 or more, nag_tau above 0 and nag_alpha from 0 to 1; found {self.scale:g}, "
-                f"{self.tau:g} and {self.alpha:g}. The usual ones are 5, 2.5 and 0.5."
+                f"{self.tau:g} and {self.alpha:g}. The usual ones are 5, 2.5 and 0.25."
             )
 
     @property

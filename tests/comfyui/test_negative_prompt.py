@@ -56,7 +56,7 @@ def embed(comfyui, pipelines):
 
 @pytest.fixture(scope="module")
 def expected(pipelines, embed):
-    def run(name, negatives=(OTHER,), numbers=(5.0, 2.5, 0.5), shape=SHAPE, **options):
+    def run(name, negatives=(OTHER,), numbers=(5.0, 2.5, 0.25), shape=SHAPE, **options):
         reference = pipelines.reference(name)
         unet = copy.deepcopy(reference.unet)
         processor = NagProcessor([embed(name, text) for text in negatives], *numbers, **options)
@@ -78,7 +78,7 @@ def run(server):
 
 
 def negative_prompt(negative="other", model="model", **numbers) -> dict:
-    numbers = {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.5} | numbers
+    numbers = {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25} | numbers
     return node("SPLAMNegativePrompt", model=[model, 0], negative=[negative, 0], **numbers)
 
 

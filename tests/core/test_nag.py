@@ -37,7 +37,7 @@ def test_in_half_precision(dtype):
     """Norms of 1280 channels of 60 would not fit float16."""
     generator = torch.Generator().manual_seed(1)
     positive, negative = (60 * torch.randn((1, 64, 1280), generator=generator).to(dtype) for _ in range(2))
-    found = normalized_attention(positive, negative, Nag())
+    found = normalized_attention(positive, negative, Nag(alpha=0.5))
     assert found.dtype == dtype and found.isfinite().all()
     expected = by_the_paper(positive, negative, 5.0, 2.5, 0.5)
     assert (found - expected).abs().max() < 0.05 * expected.std()

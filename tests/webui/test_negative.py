@@ -16,7 +16,7 @@ ON = [True, True, 4.0]  # the script's arguments
 class Processor:
     """Cross-attention with normalised attention guidance, its softmax written out."""
 
-    def __init__(self, negative, scale, tau=2.5, alpha=0.5):
+    def __init__(self, negative, scale, tau=2.5, alpha=0.25):
         self.negative, self.scale, self.tau, self.alpha = negative, scale, tau, alpha
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
