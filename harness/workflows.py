@@ -44,7 +44,7 @@ EMBEDDED = {
     "splam_hires_fix": Embedded({"First pass": RING, "Result": RING}, ("Result", "First pass")),
     "splam_sampler_custom_advanced": Embedded({"Result": RING}, ("Result",)),
     "splam_steps_comparison": Embedded({"4 steps": RING, "8 steps": RING}, ("1 step", "2 steps", "4 steps", "8 steps")),
-    "splam_negative_prompt": Embedded({"Without it": "a large red star"}, ("Result", "Without it")),
+    "splam_negative_prompt": Embedded({"Without it": "a large orange star"}, ("Result", "Without it")),
     "splam_vs_lcm": Embedded({"SPLAM": RING}, ("SPLAM", "LCM, ComfyUI's way"), halves=True),
 }
 
