@@ -2,6 +2,7 @@
 
     python dev.py demo [--out DIR] [--comfyui PATH] [--serve]    a real ComfyUI samples the embedded model
     python dev.py test [pytest arguments]                        the whole suite, or what the arguments name
+    python dev.py test --long [pytest arguments]                 the long versions alone: hours; docs/reliability.md
     python dev.py python ARGUMENTS...                            the environment's Python, for every other command
 
 Needs Python 3.10 or newer and nothing else. What it builds lies in a cache folder outside this checkout (SPLAM_CACHE
@@ -54,7 +55,11 @@ def main(arguments: list[str]) -> int:
         help="a ComfyUI folder (default: COMFYUI_PATH, the ComfyUI this checkout sits in, a pinned copy)",
     )
     demo.add_argument("--serve", action="store_true", help="leave the server up for a browser until Ctrl-C")
-    commands.add_parser("test", help="run the test suite; further arguments go to pytest", add_help=False)
+    commands.add_parser(
+        "test",
+        help="run the test suite; --long: its long versions alone; further arguments go to pytest",
+        add_help=False,
+    )
     commands.add_parser("python", help="run the environment's Python with the arguments that follow", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if sys.version_info < (3, 10):  # noqa: UP036 (this is where one finds out)
@@ -69,6 +74,7 @@ def main(arguments: list[str]) -> int:
     rest = arguments[arguments.index(options.command) + 1 :]  # argparse would swallow a "--"
     python, comfyui = set_up(None)
     if options.command == "test":
+        rest = [word for one in rest for word in (("-m", "long") if one == "--long" else (one,))]
         return run(python, ["-m", "pytest", *rest, *([] if names_tests(rest) else [ROOT / "tests"])], comfyui)
     return run(python, rest, comfyui)
 

@@ -1,6 +1,5 @@
 """Which models SPLAM Loader offers, and where each lies. A name from a graph means only what is listed here."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import folder_paths
 
+from ..splam_core import checkpoint
 from ..splam_core.checkpoint import PICKLES, is_safetensors, shortened
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
@@ -124,14 +124,9 @@ def in_host_names(text: str) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is missing or no JSON object."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, not an object")
-        return content
+        return checkpoint.read_json(file)
     except FileNotFoundError:
         raise ValueError(f"{file}: missing. Copy the whole diffusers folder, with its small .json files.") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, found something else ({error}). Fetch the file again.") from error
 
 
 def _diffusers_models(base: Path) -> list[Path]:

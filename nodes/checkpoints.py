@@ -6,7 +6,6 @@ host loads what it knows; a UNet, autoencoder or text encoder of another width i
 (parts.py).
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..splam_core.checkpoint import (
     diffusers_to_ldm,
     fold_gamma,
     is_safetensors,
+    json_object,
     load_files,
     not_finite,
     read_metadata,
@@ -266,15 +266,8 @@ def _weights_in(folder: Path, stem: str) -> list[Path]:
 
 def _configs(metadata: dict[str, Any]) -> dict[str, Config]:
     """The parts' configurations in a file's metadata. Raises ValueError where one is no JSON object."""
-    found = {part: metadata[f"splam.{part}"] for part in PARTS if f"splam.{part}" in metadata}
-    for part, text in found.items():
-        try:
-            found[part] = json.loads(text)
-        except (ValueError, RecursionError):
-            found[part] = None
-        if not isinstance(found[part], dict):
-            raise ValueError(f"its metadata splam.{part} is no JSON object. Fetch the file again, or convert it again.")
-    return found
+    said = {part: f"splam.{part}" for part in PARTS if f"splam.{part}" in metadata}
+    return {part: json_object(metadata[key], f"its metadata {key}") for part, key in said.items()}
 
 
 def _names_few_step(configs: dict[str, Config], metadata: dict[str, str]) -> bool:

@@ -140,8 +140,11 @@ def apply_lora(
         )
     if broken := not_finite(known):
         raise ValueError(f"{path}: {broken} holds NaN or infinite values. The file is damaged, or its training failed.")
-    magnitudes = lora_magnitudes(known)
-    lora = lora_to_kohya({k: w for k, w in known.items() if not _is_magnitude(k)}, adapters=_adapters(path))
+    try:
+        magnitudes = lora_magnitudes(known)
+        lora = lora_to_kohya({k: w for k, w in known.items() if not _is_magnitude(k)}, adapters=_adapters(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)

@@ -168,7 +168,7 @@ def lora_magnitudes(lora: Mapping[str, Tensor]) -> StateDict:
 def lora_adapters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """{part: peft's LoraConfig} that diffusers writes into a LoRA file's metadata; empty if there is none."""
     try:
-        flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        flat = json_object(metadata.get("lora_adapter_metadata", "{}"), "")
     except ValueError:
         return {}
     return {
@@ -206,17 +206,39 @@ def load_files(paths: Sequence[str | os.PathLike[str]], device: str = "cpu") -> 
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+def reading(
+    path: str | os.PathLike[str],
+    problem: str = "its weights do not fit together",
+    remedy: str = "The file is damaged or of another architecture: fetch it again, or take another",
+) -> Iterator[None]:
     """What goes wrong inside because of what a file holds is a ValueError that names the file."""
     try:
         yield
     except torch.OutOfMemoryError:  # of the machine, not of the file: the host's to deal with
         raise
     except _MISFITS as error:
+        raise ValueError(f"{path}: {problem} ({type(error).__name__}: {shortened(str(error))}). {remedy}.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises FileNotFoundError or ValueError, naming it."""
+    try:
+        return json_object(file.read_bytes(), str(file))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: no such file. The download is incomplete: fetch the whole folder.") from error
+
+
+def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """Raises ValueError for text that is no JSON object; name: what it is, for the message."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: its weights do not fit together ({type(error).__name__}: {shortened(str(error))}). The file is "
-            "damaged or of another architecture: fetch it again, or take another."
+            f"{name}: expected JSON, found something else ({shortened(str(error))}). Fetch the file again."
         ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected JSON of one object, found a {type(found).__name__}. Fetch the file again.")
+    return found
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -298,22 +320,20 @@ def _open(path: str | os.PathLike[str], device: str) -> safetensors.safe_open:
         return safetensors.safe_open(str(path), framework="pt", device=device)
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that do not parse ({error}). "
-            "The download was probably cut off, or is a Git LFS pointer or an error page: fetch it again."
+            f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that do not parse "
+            f"({shortened(str(error))}). The download was probably cut off, or is a Git LFS pointer or an error page: "
+            "fetch it again."
         ) from error
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        shards = sorted(set(map(str, named)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index}: expected JSON with a weight_map, found something else ({error!r}). Fetch the file again."
-        ) from error
-    missing = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).is_file()]
+    with reading(index, "expected JSON with a weight_map, found something else", "Fetch the file again"):
+        shards = sorted(set(map(str, read_json(index)["weight_map"].values())))
+    beside = {file.name for file in index.parent.iterdir() if file.is_file()}
+    missing = [shard for shard in shards if shard not in beside]
     if missing or not shards:
-        raise ValueError(f"{index}: names {', '.join(missing[:3]) or 'no file'}, not found in its folder. Fetch it.")
+        shown = shortened(", ".join(missing[:3])) or "no file"
+        raise ValueError(f"{index}: names {shown}, not found in its folder. Fetch it.")
     return [index.parent / shard for shard in shards]
 
 

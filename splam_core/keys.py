@@ -195,8 +195,14 @@ def _modules(keys: Iterable[str]) -> set[str]:
 
 
 def _count(modules: set[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures among the modules; 0 if there is none."""
-    return 1 + max((int(m[1]) for m in (re.fullmatch(pattern, name) for name in modules) if m), default=-1)
+    """How many numbers, from 0 on without a gap, `pattern` captures among the modules.
+
+    A file may name a layer 1000000000; what comes after a gap has no place, and `rename` says so.
+    """
+    found, count = {m[1] for m in (re.fullmatch(pattern, name) for name in modules) if m}, 0
+    while str(count) in found:
+        count += 1
+    return count
 
 
 def _inside(diffusers: str, ldm: str, parts: list[Pair]) -> Iterator[Pair]:

@@ -79,4 +79,4 @@ def _prediction_type(name: str) -> str:
     for known, names in _NAMES.items():
         if plain in names:
             return known
-    raise ValueError(f"the model predicts {name!r}; expected 'epsilon' or 'v_prediction'.")
+    raise ValueError(f"the model predicts {name!r:.80}; expected 'epsilon' or 'v_prediction'.")

@@ -16,6 +16,13 @@ from torch import Tensor
 ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08  # what ComfyUI takes for the 0 at the end of a zero-SNR schedule
 
 
+MOST_TIMESTEPS = 100_000  # a hundred times Stable Diffusion's: a file that asks for more asks for memory
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def broadcast_to(levels: Tensor, x: Tensor) -> Tensor:
     """Shape one number per sample, [B] or a scalar [], so that it multiplies x [B, ...]; it moves to the device of x.
 
@@ -77,11 +84,17 @@ class NoiseSchedule:
                 raise ValueError(f"scheduler config: expected the key {key!r}, found only {sorted(config)}.")
         name, start, end = config["beta_schedule"], config["beta_start"], config["beta_end"]
         steps = config.get("num_train_timesteps", 1000)
+        whole = type(steps) is int and 2 <= steps <= MOST_TIMESTEPS
+        if not whole or not _is_number(start) or not _is_number(end):
+            raise ValueError(
+                f"scheduler config: expected 2 to {MOST_TIMESTEPS} num_train_timesteps between two numbers, found "
+                f"{steps!r:.40} between {start!r:.40} and {end!r:.40}."
+            )
         if name == "scaled_linear":
             return cls.scaled_linear(steps, start, end)
         if name == "linear":
             return cls.from_betas(torch.linspace(start, end, steps, dtype=torch.float32))
-        raise ValueError(f"scheduler config: beta_schedule is {name!r}; expected 'scaled_linear' or 'linear'.")
+        raise ValueError(f"scheduler config: beta_schedule is {name!r:.40}; expected 'scaled_linear' or 'linear'.")
 
     def with_zero_terminal_snr(self) -> NoiseSchedule:
         """The schedule that ends in noise alone (Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are

@@ -16,11 +16,13 @@ from splam_core.checkpoint import (
     UNET_PREFIX,
     diffusers_to_ldm,
     fold_gamma,
+    json_object,
     load_file,
     load_files,
     lora_adapters,
     lora_to_kohya,
     not_finite,
+    read_json,
     read_metadata,
     reading,
     save_file,
@@ -141,7 +143,7 @@ def _read_folder(source: Path, embedded: str | float) -> Source:
     if (source / "unet").is_dir():
         return _read_pipeline(source, embedded)
     unet = _fold_diffusers(load_weights(source), embedded, source)
-    return Source(unet, configs={"unet": _read_json(source / "config.json")})
+    return Source(unet, configs={"unet": read_json(source / "config.json")})
 
 
 def load_weights(folder: Path) -> StateDict:
@@ -159,8 +161,8 @@ def load_weights(folder: Path) -> StateDict:
 
 def _read_pipeline(folder: Path, embedded: str | float) -> Source:
     encoders = [folder / name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
-    parts = {part.name: _read_json(part / "config.json") for part in (folder / "unet", folder / "vae", *encoders)}
-    configs = {**parts, "scheduler": _read_json(folder / "scheduler" / "scheduler_config.json")}
+    parts = {part.name: read_json(part / "config.json") for part in (folder / "unet", folder / "vae", *encoders)}
+    configs = {**parts, "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
     texts = [load_weights(encoder) for encoder in encoders] or [load_weights(folder / "text_encoder")]
     try:
         others = diffusers_to_ldm({}, load_weights(folder / "vae"))
@@ -175,7 +177,7 @@ def _read_pipeline(folder: Path, embedded: str | float) -> Source:
 def _read_file(file: Path, weights: StateDict, embedded: str | float) -> Source:
     metadata: dict[str, Any] = read_metadata(file)
     configs = {key.removeprefix("splam."): value for key, value in metadata.items() if key.startswith("splam.")}
-    configs = {key: json.loads(value) for key, value in configs.items() if value.startswith("{")}
+    configs = {key: json_object(text, f"{file}: {key}") for key, text in configs.items() if text.startswith("{")}
     said = _parametrisation(weights, metadata, configs.get("scheduler"), file)
     if any(key.startswith(UNET_PREFIX) for key in weights):
         folded = _fold(weights, embedded, file)
@@ -226,7 +228,8 @@ def _from_base(base: Path | None, unet: StateDict, source: Path) -> tuple[StateD
             "was distilled from or any other of the same family, to take them from."
         )
     weights, metadata = load_file(base), read_metadata(base)
-    scheduler = json.loads(metadata["splam.scheduler"]) if "splam.scheduler" in metadata else None
+    text = metadata.get("splam.scheduler")
+    scheduler = None if text is None else json_object(text, f"{base}: splam.scheduler")
     others = {key: weight for key, weight in weights.items() if not key.startswith(UNET_PREFIX)}
     theirs = {key: tuple(w.shape) for key, w in weights.items() if key not in others}
     ours = {key: tuple(w.shape) for key, w in unet.items()}
@@ -292,13 +295,3 @@ def _kohya(lora: StateDict, metadata: dict[str, str], source: Path) -> StateDict
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if weight.is_floating_point() else weight
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file. The download is incomplete: fetch the whole folder.") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found something else ({error}). Fetch the file again.") from error

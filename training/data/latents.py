@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from splam_core import predict_epsilon
+from splam_core import predict_epsilon, read_json, reading
 from splam_core.solver import draw_latents
 
 from ..files import write_whole
@@ -189,11 +189,20 @@ def write_shard(
 
 
 def read_index(folder: Path, shard: str) -> dict | None:
-    """A shard's index; None for a shard that is not whole yet."""
+    """A shard's index; None for a shard that is not whole yet. Raises ValueError naming one that is damaged."""
     index = folder / f"{shard}.json"
     if not index.is_file() or not (folder / f"{shard}.tar").is_file():
         return None
-    return json.loads(index.read_text(encoding="utf-8"))
+    found = read_json(index)
+    with reading(index, "it is no index of a shard", f"Delete it and {shard}.tar, and run the same command again"):
+        numbers = [number for row in found["samples"] for number in (row["number"], *row["at"], *row["shape"])]
+        words = [word for name, reason in found["skipped"] for word in (name, reason)] + list(found["filtered"])
+        counts = [*numbers, *found["filtered"].values(), found.get("cut", 0)]
+        if not all(isinstance(one, int) and 0 <= one < 2**63 for one in counts) or not all(
+            isinstance(one, str) for one in words
+        ):
+            raise TypeError("numbers and names of other types")
+        return found
 
 
 def read_sample(folder: Path, shard: str, at: Sequence[int]) -> Sample:

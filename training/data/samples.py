@@ -8,6 +8,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from splam_core import read_json, reading
 from splam_core.order import Order, held_out
 
 from ..files import write_whole
@@ -47,6 +49,7 @@ from .sources import Listing, Skip, digest
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts.txt"  # what is trained on without --data
 MEMORY = 2**30  # bytes of samples that are kept in memory
+MOST_PARTS = 10_000_000  # of a prepared set
 SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
 
 
@@ -308,6 +311,10 @@ class PreparedData(KnownData):
 
     def __init__(self, folder: Path, pipeline: Pipeline, options: DataOptions, batch_size: int, seed: int) -> None:
         super().__init__(str(folder), options, batch_size, seed, pipeline.device)
+        with damaged(folder):
+            self._read(folder, pipeline, options)
+
+    def _read(self, folder: Path, pipeline: Pipeline, options: DataOptions) -> None:
         self.folder, self.meta = folder, read_meta(folder)
         fingerprint = pipeline.fingerprint()
         if self.meta["fingerprint"] != fingerprint:
@@ -348,17 +355,33 @@ class PreparedData(KnownData):
         return f"{self._counted()}; prepared at {self.meta['resolution']} px, from {self.meta['spec']}"
 
 
+def damaged(folder: Path) -> AbstractContextManager[None]:
+    """What goes wrong inside because of a prepared set's small files is a ValueError that names its folder."""
+    return reading(folder, "its files do not fit together", "Delete it, and prepare it again")
+
+
 def read_meta(folder: Path) -> dict:
-    return json.loads((folder / META).read_text(encoding="utf-8"))
+    meta = read_json(folder / META)
+    if not isinstance(meta.get("parts"), int) or not 0 <= meta["parts"] <= MOST_PARTS:
+        raise ValueError(f"{folder / META}: expected a number of parts, found {meta.get('parts')!r:.40}")
+    return meta
 
 
 def shards_of(folder: Path, parts: range) -> Iterator[tuple[str, dict]]:
     """The shards of the finished parts, with their indices. Raises ValueError for one that is gone."""
     for part in parts:
         done = folder / f"{part:06d}.{SHARDS}"
-        for number in range(json.loads(done.read_text(encoding="utf-8")) if done.is_file() else 0):
+        for number in range(_count(done) if done.is_file() else 0):
             shard = f"{part:06d}-{number:05d}"
             index = read_index(folder, shard)
             if index is None:
                 raise ValueError(f"{folder / shard}.tar or .json is gone: delete {done.name} and prepare it again")
             yield shard, index
+
+
+def _count(done: Path) -> int:
+    """How many shards a finished part has."""
+    text = done.read_bytes()
+    if not text.isdigit() or len(text) > 9:
+        raise ValueError(f"{done}: expected a number of shards, found {text[:40]!r}. Delete it and prepare it again")
+    return int(text)

@@ -20,11 +20,14 @@ from torch import Tensor
 from splam_core import (
     diffusers_to_ldm,
     fold_gamma,
+    json_object,
     ldm_to_diffusers,
     load_file,
     load_files,
     parametrisation_of,
+    read_json,
     read_metadata,
+    reading,
     save_file,
     weight_files,
 )
@@ -119,7 +122,8 @@ def read_model(place: Path) -> ModelFiles:
 
     Raises FileNotFoundError or ValueError, naming the file and what it lacks.
     """
-    return _read_single_file(place) if place.is_file() else _read_folder(place)
+    with reading(place):
+        return _read_single_file(place) if place.is_file() else _read_folder(place)
 
 
 def _read_folder(folder: Path) -> ModelFiles:
@@ -162,8 +166,11 @@ def family_of_file(file: Path) -> str:
 
 def _read_single_file(file: Path) -> ModelFiles:
     weights, metadata = load_file(file), read_metadata(file)
-    known = {part: json.loads(metadata[f"splam.{part}"]) for part in PARTS if f"splam.{part}" in metadata}
+    said = {part: f"splam.{part}" for part in PARTS if f"splam.{part}" in metadata}
+    known = {part: json_object(metadata[key], f"{file}: {key}") for part, key in said.items()}
     family = metadata.get("splam.family") or family_of(weights)
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{file}: its metadata splam.family is {family!r:.40}; expected {', '.join(ARCHITECTURES)}")
     try:
         rest = {k: w for k, w in weights.items() if not k.startswith(("cond_stage_model.", "conditioner."))}
         unet, vae, _ = ldm_to_diffusers(rest)
@@ -344,8 +351,8 @@ def _full(kind: type, settings: dict) -> dict:
 
 
 def _layer(key: str) -> int:
-    parts = key.split(".")
-    return int(parts[2]) if parts[:2] == ["encoder", "layers"] else -1
+    found = re.match(r"encoder\.layers\.(\d{1,6})\.", key)
+    return int(found[1]) if found else -1
 
 
 def _config(folder: Path) -> dict:
@@ -353,7 +360,7 @@ def _config(folder: Path) -> dict:
 
 
 def _json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _write_json(file: Path, content: dict) -> None:

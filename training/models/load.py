@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from splam_core import not_finite, parametrisation_of
+from splam_core import not_finite, parametrisation_of, reading, shortened
 
 from .files import ModelFiles, read_model, tokenizer_of
 from .pipeline import Pipeline
@@ -37,7 +38,8 @@ def load_pipeline(
     ValueError for one of another kind or that lacks something.
     """
     place = resolve(str(model), revision, download)
-    pipeline = build_pipeline(read_teacher(place, embedded), dtype, str(place))
+    with reading(place):
+        pipeline = build_pipeline(read_teacher(place, embedded), dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
         pipeline.unet.to(unet_dtype)
@@ -73,16 +75,11 @@ def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: 
             f"{name}: its UNet reads {channels} channels{_KINDS.get(channels, '')}, expected the {LATENT_CHANNELS} of "
             f"latents: SPLAM makes few-step text-to-image models. Choose such a model."
         )
-    with init_empty_weights():
-        networks = {
-            "unet": UNet2DConditionModel.from_config(model.configs["unet"]),
-            "vae": AutoencoderKL.from_config(model.configs["vae"]),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(model.configs["text_encoder"])),
-        }
-        if len(model.texts) > 1:
-            config = CLIPTextConfig.from_dict(model.configs["text_encoder_2"])
-            networks["text_encoder_2"] = CLIPTextModelWithProjection(config)
     weights = [model.unet, model.vae, *model.texts]
+    networks = {
+        part: _empty(model.configs[part], len(own), f"{name}: {part}")
+        for part, own in zip(_BUILDERS, weights, strict=False)
+    }
     for (part, network), own in zip(networks.items(), weights, strict=True):
         _fill(network, own, dtype, f"{name}: {part}")
     tokenizers = []
@@ -100,6 +97,34 @@ def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: 
         tokenizers[1] if len(tokenizers) > 1 else None,
         len(tokenizers) > 1 and model.zeros_for_empty,
     )
+
+
+def _empty(config: Mapping[str, Any], weights: int, part: str) -> torch.nn.Module:
+    """The network of a configuration, without weights. Raises ValueError where there is none of it.
+
+    weights: how many tensors the files hold. A configuration that asks for more layers would build for hours.
+    """
+    numbers = (config.get(key) for key in ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block"))
+    layers = [one for found in numbers for one in (found if isinstance(found, list) else [found])]
+    wrong = [one for one in layers if isinstance(one, (int, float)) and not 0 <= one <= weights]
+    try:
+        if wrong:
+            raise ValueError(f"{wrong[0]!r:.40} layers, and {weights} weights")
+        with init_empty_weights():
+            return _BUILDERS[part.rpartition(" ")[2]](config)
+    except Exception as error:  # diffusers' and transformers' own, of many kinds
+        raise ValueError(
+            f"{part}: its configuration is none of Stable Diffusion's ({type(error).__name__}: "
+            f"{shortened(str(error))}). Fetch its config.json again, or take another model."
+        ) from error
+
+
+_BUILDERS: dict[str, Callable[[Any], torch.nn.Module]] = {
+    "unet": UNet2DConditionModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
+}
 
 
 def _fill(network: torch.nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, part: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splam_core import load_file, lora_adapters, lora_magnitudes, lora_to_kohya, read_metadata, save_file
+from splam_core import (
+    load_file,
+    lora_adapters,
+    lora_magnitudes,
+    lora_to_kohya,
+    read_json,
+    read_metadata,
+    reading,
+    save_file,
+)
 from splam_core.keys import unet_pairs
 
 from .files import ModelFiles, StateDict, model_spec
@@ -50,16 +58,17 @@ def read_lora(path: Path) -> StateDict:
             f"{path} holds no LoRA; expected a .safetensors file, or a folder with {' or '.join(LORA_FILES)}"
         )
     lora, config = load_file(file), file.parent / ADAPTER_CONFIG
-    adapters = lora_adapters(read_metadata(file))
-    try:
+    with reading(file):
+        adapters = lora_adapters(read_metadata(file))
         if config.is_file() and file.name == LORA_FILES[1]:
-            adapters = {"unet": json.loads(config.read_text(encoding="utf-8"))}
-        _check_adapter(adapters.get("unet", {}))
-        norms = lora_magnitudes(lora)
-        plain = {key: weight for key, weight in lora.items() if "lora_magnitude_vector" not in key}
-        found = lora_to_kohya(plain, adapters=adapters) | {f"{key}.magnitude": norm for key, norm in norms.items()}
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+            adapters = {"unet": read_json(config)}
+        try:
+            _check_adapter(adapters.get("unet", {}))
+            norms = lora_magnitudes(lora)
+            plain = {key: weight for key, weight in lora.items() if "lora_magnitude_vector" not in key}
+            found = lora_to_kohya(plain, adapters=adapters) | {f"{key}.magnitude": norm for key, norm in norms.items()}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
     _parts(found, str(file))
     return found
 
@@ -101,7 +110,7 @@ def merged(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float 
                 weight = unet[f"{module}.weight"]
                 change = _change(weight.double(), found)
                 result[f"{module}.weight"] = (weight.double() + scale * change).to(weight.dtype)
-        except (KeyError, RuntimeError) as error:
+        except (LookupError, RuntimeError, ValueError) as error:
             shapes = {part: tuple(weight.shape) for part, weight in found.items()}
             own = {key: tuple(unet[f"{module}.{key}"].shape) for key in ("weight", "bias") if f"{module}.{key}" in unet}
             raise ValueError(

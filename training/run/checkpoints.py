@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from splam_core import shortened
 
 from ..files import WRITE_ERRORS, whole_folder, why_not_written
 
@@ -94,8 +95,10 @@ def read_checkpoint(folder: Path, mmap: bool = False) -> tuple[dict[str, dict[st
         for file in sorted(folder.glob("*.pt")):
             states[file.stem] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return states, json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}). Resume from another checkpoint.") from error
+    except Exception as error:  # of torch, of safetensors and of pickles, which have many
+        raise CheckpointError(
+            f"{folder} cannot be read ({shortened(str(error))}). Resume from another checkpoint."
+        ) from error
 
 
 def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:

@@ -62,7 +62,7 @@ def read_results(files: Sequence[Path]) -> list[dict]:
             found = found if isinstance(found, list) else [found]
             if not found or not all("model" in result and "steps" in result for result in found):
                 raise ValueError("results without 'model' and 'steps'")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{file}: expected scores that training/evaluate.py --json wrote, found {error}"
             ) from error
