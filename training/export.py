@@ -22,13 +22,14 @@ if __package__ in (None, ""):  # run by path
 import torch
 from torch import Tensor
 
-from splam_core import load_file, read_metadata
+from splam_core import load_file, read_json, read_metadata, reading
 
 from .files import WRITE_ERRORS, why_not_written
 from .models.files import ModelFiles, read_model, write_folder, write_single_file
 from .models.lora import extract_lora, is_lora, merged, read_lora, save_lora
 from .models.pipeline import DTYPES
 from .models.teachers import resolve
+from .run.checkpoints import verify
 
 FORMS = ("diffusers", "single-file", "lora")
 
@@ -42,7 +43,8 @@ def read_source(
     """
     place = Path(source).expanduser()
     if (place / "state.json").is_file():
-        return _read_checkpoint(place, base, role)
+        with reading(place):
+            return _read_checkpoint(place, base, role)
     place = resolve(source, revision)
     if is_lora(place):
         if base is None:
@@ -59,7 +61,8 @@ def read_source(
 
 def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFiles, dict[str, Tensor] | None, float]:
     """A checkpoint-N or `best` folder: the role's weights on the teacher that state.json names."""
-    config = json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]
+    verify(folder)
+    config = read_json(folder / "state.json")["config"]
     file = next((f for f in (folder / f"{role}.safetensors", folder / "student.safetensors") if f.is_file()), None)
     if file is None:
         raise ValueError(f"{folder}: expected {role}.safetensors, found {sorted(f.name for f in folder.iterdir())}")

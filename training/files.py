@@ -45,6 +45,7 @@ def write_whole(file: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The same of a folder: an empty one beside it to fill. An older one of that name goes afterwards."""
+    take_back(folder)
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -66,6 +67,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk has its room back
         shutil.rmtree(old, ignore_errors=True)
+
+
+def take_back(folder: Path) -> None:
+    """Give a folder its name again that it lost where `whole_folder` was killed between its two renamings."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
 
 
 def flush(path: Path) -> None:

@@ -117,7 +117,7 @@ BAD_FILES = {
     "diffusion_models/no-middle.safetensors": r"no-middle\.safetensors: the UNet lacks 2 of \d+ weights",
     "diffusion_models/surprise.safetensors": r"surprise\.safetensors: UNet: the key 'surprise\.weight' has no",
     "diffusion_models/nan.safetensors": r"diffusion_models.nan\.safetensors: .* input_blocks.* holds NaN",
-    "diffusion_models/bad-metadata.safetensors": r"bad-metadata\.safetensors: its metadata splam\.scheduler is no JSON",
+    "diffusion_models/bad-metadata.safetensors": r"bad-metadata.*: its metadata splam\.scheduler: expected JSON",
     "diffusers/bad-pickled": r"bad-pickled.unet: expected diffusion_pytorch_model\.safetensors, found .*\.bin",
     "diffusers/bad-no-json": r"scheduler_config\.json: missing\. Copy the whole diffusers folder",
     "diffusers/bad-bad-json": r"vae.config\.json: expected JSON, found something else",

@@ -316,7 +316,7 @@ def test_shards_under_every_name_of_their_index(index, shards, tmp_path):
     with pytest.raises(ValueError, match=rf"{re.escape(index)}: names {re.escape(names[1])}, not found"):
         weight_files(tmp_path, "model")
     (tmp_path / index).write_text("[]")
-    with pytest.raises(ValueError, match="expected JSON with a weight_map"):
+    with pytest.raises(ValueError, match="expected JSON of one object, found a list"):
         weight_files(tmp_path, "model")
     assert weight_files(tmp_path, "diffusion_pytorch_model") == []
 

@@ -19,12 +19,15 @@ from splam_core.descent import EXPLOSION, WINDOW, LossWatch
 from training.run.checkpoints import (
     CheckpointError,
     latest_checkpoint,
+    latest_whole,
     load_objects,
     read_checkpoint,
+    verify,
     write_checkpoint,
 )
 from training.run.identity import only_writer, weights_digest
 from training.run.loop import Distillation
+from training.run.report import keep_log
 from training.run.sharding import OptimizerState
 from training.run.stopping import StopRequest
 
@@ -63,6 +66,77 @@ def test_killed_at_any_moment_it_is_the_same_run(small, command_line, tiny_pipel
         one, other = ((folder / f"{name}.safetensors").read_bytes() for folder in finished)
         assert one == other
     assert not list(cut.glob("*.partial"))
+
+
+def damage(file, how):
+    """A byte turned, the end cut off, or nothing left."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-9]), "emptied": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.pt", "state.json", "sha256sums.txt", "gone"])
+def test_a_damaged_checkpoint_is_noticed_by_its_hash(tmp_path, name, how):
+    states = {"student": {"weight": torch.ones(64)}, "optimizer": {"state": {1: torch.ones(64)}}}
+    for step in (1, 2):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", states, {"step": step})
+    verify(tmp_path / "checkpoint-2")
+    if name == "gone":
+        (tmp_path / "checkpoint-2" / "student.safetensors").unlink()
+    else:
+        damage(tmp_path / "checkpoint-2" / name, how)
+    if (name, how) == ("sha256sums.txt", "emptied"):  # as one of an earlier version
+        verify(tmp_path / "checkpoint-2")
+        return
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 is damaged: .* has the SHA-256 .*another checkpoint"):
+        verify(tmp_path / "checkpoint-2")
+    found, said = latest_whole(tmp_path)
+    assert found == tmp_path / "checkpoint-1" and "checkpoint-2 is damaged" in said[0] and "the one before" in said[0]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2.damaged"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(small, tiny_pipeline, tmp_path, capsys):
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    for folder in (whole, hurt):
+        small(tiny_pipeline, folder, 4, "--checkpointing-steps", 2)
+    damage(hurt / "checkpoint-4" / "target.safetensors", "flipped")
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged: target"):
+        small(tiny_pipeline, hurt, 6, "--resume-from-checkpoint", hurt / "checkpoint-4")
+    capsys.readouterr()
+    small(tiny_pipeline, hurt, 6, "--resume-from-checkpoint", "latest", "--checkpoints-total-limit", 1)
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in said and f"resumed {hurt / 'checkpoint-2'}" in said
+    small(tiny_pipeline, whole, 6, "--resume-from-checkpoint", "latest")
+    assert losses(hurt) == losses(whole) and latest_checkpoint(hurt).name == "checkpoint-6"
+    for name in ("student", "target", "release"):
+        one, other = ((folder / "checkpoint-6" / f"{name}.safetensors").read_bytes() for folder in (whole, hurt))
+        assert one == other
+
+
+def test_a_folder_that_lost_its_name_gets_it_back(tmp_path):
+    """Killed between the two renamings of `whole_folder`."""
+    write_checkpoint(tmp_path / "best", {"student": {"weight": torch.ones(1)}}, {"step": 1})
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    assert latest_whole(tmp_path) == (None, [])
+    assert read_checkpoint(tmp_path / "best")[1] == {"step": 1}
+
+
+def test_a_log_is_whole_whatever_ends_the_run(tmp_path, monkeypatch):
+    """It is read and written again at every resume: killed then, it must not be empty."""
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {step}, "loss": 1}}\n' for step in (1, 2, 3)))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep_log(log, 2)
+    assert len(losses(tmp_path)) == 3
+    monkeypatch.undo()
+    keep_log(log, 2)
+    assert len(losses(tmp_path)) == 2
 
 
 def test_a_full_disk_says_so_and_keeps_the_last(small, tiny_pipeline, tmp_path, monkeypatch):
@@ -224,7 +298,7 @@ def test_a_system_that_flushes_only_what_may_be_written(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-1"
     write_checkpoint(folder, {"student": {"weight": torch.ones(2)}, "optimizer": {"state": {}}}, {"step": 1})
     states, facts = read_checkpoint(folder)
-    assert len(flushed) == 3 and facts == {"step": 1}
+    assert len(flushed) == 4 and facts == {"step": 1}
     assert torch.equal(states["student"]["weight"], torch.ones(2)) and states["optimizer"] == {"state": {}}
 
 

@@ -1,12 +1,13 @@
 """Checkpoint folders: whole or not there at all.
 
 checkpoint-STEP holds each of a run's state objects under its name, as NAME.safetensors where its state is tensors alone
-(networks) and as NAME.pt otherwise (optimizers), and state.json with the facts of the run. It is written beside,
-flushed to disk and renamed.
+(networks) and as NAME.pt otherwise (optimizers), state.json with the facts of the run, and sha256sums.txt, by which a
+damaged file is noticed (`sha256sum -c sha256sums.txt` reads it too). It is written beside, flushed to disk and renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from splam_core import shortened
 
-from ..files import WRITE_ERRORS, whole_folder, why_not_written
+from ..files import WRITE_ERRORS, take_back, whole_folder, why_not_written
 
 PREFIX = "checkpoint-"
+SUMS = "sha256sums.txt"
 
 
 class Stateful(Protocol):
@@ -69,8 +71,63 @@ def write_checkpoint(folder: Path, states: Mapping[str, Mapping[str, Any]], fact
                 else:
                     torch.save(dict(state), place / f"{name}.pt")
             (place / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(place.iterdir())]
+            (place / SUMS).write_text("".join(lines), encoding="utf-8")
     except WRITE_ERRORS as error:
         raise explain_write_error(error, folder) from error
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError for a checkpoint that lacks a file, or has one that is not what was written.
+
+    One of an earlier version, without sha256sums.txt, passes.
+    """
+    if not (folder / "state.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: expected state.json in it. Give a checkpoint-N folder, or 'latest'."
+        )
+    sums = folder / SUMS
+    for line in sums.read_bytes().splitlines() if sums.is_file() else ():
+        expected, _, name = line.decode(errors="replace").partition("  ")
+        # The names are of this folder alone, whatever the file says.
+        file = folder / (Path(name).name or SUMS)
+        found = _sha256(file) if file.is_file() else "not there"
+        if found != expected:
+            raise CheckpointError(
+                f"{folder} is damaged: {shortened(name, 80)} has the SHA-256 {expected[:64]} by {SUMS}, and is "
+                f"{found}. Resume from another checkpoint."
+            )
+
+
+def latest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(The newest checkpoint whose files are as they were written, None if there is none; what to say of the others.)
+
+    Damaged ones are put aside as checkpoint-N.damaged: they must neither be taken again nor push out good ones.
+    """
+    for left in output_dir.glob("*.old"):  # killed between the two names of a folder
+        take_back(left.with_suffix(""))
+    said = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            said.append(
+                f"{str(error).partition('. Resume')[0]}; it lies in {aside.name} now, and the one before is used"
+            )
+            continue
+        return folder, said
+    return None, said
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rotate(output_dir: Path, keep: int) -> None:
@@ -79,7 +136,7 @@ def rotate(output_dir: Path, keep: int) -> None:
 
 
 def read_checkpoint(folder: Path, mmap: bool = False) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """(states by name, facts). Raises CheckpointError for a folder that is no checkpoint.
+    """(states by name, facts) of a verified checkpoint. Raises CheckpointError for a folder that is none.
 
     All tensors are on the CPU: an optimizer takes to its device what belongs there, and AdamW's step count does not.
     mmap: leave the optimizers' on the disk until they are used; for those that copy them.

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from .checkpoints import (
     RandomState,
     Stateful,
     latest_checkpoint,
+    latest_whole,
     load_objects,
     read_checkpoint,
     rotate,
+    verify,
     write_checkpoint,
 )
 from .config import FINISH_SETTINGS, Config
@@ -39,6 +42,7 @@ from .finishing import Finishing, finish_of
 from .identity import changes, weights_digest
 from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype, update_averages
 from .optimizers import build_optimizer
+from .processes import from_main
 from .sharding import OptimizerState, sharding_mesh
 from .sources import load_student
 from .stopping import StoppedError, StopRequest
@@ -398,7 +402,9 @@ class Distillation:
         Raises ValueError for one of another run: other settings than may change, another teacher's weights.
         """
         config = self.config
-        folder = latest_checkpoint(config.output_dir) if wanted == "latest" else Path(wanted)
+        folder, damaged = from_main(self.accelerator, partial(_find, config.output_dir, wanted))
+        for one in damaged:
+            self.accelerator.print(one)
         if folder is None:
             return None, []
         # What is copied to a device or into shards may stay on the disk till then.
@@ -425,11 +431,11 @@ class Distillation:
             if finishing:
                 self.begin_finish()
             load_objects(self.objects, states, optional=("scaler",))
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.step, self.samples = facts["step"], facts["samples"]
+            self.skipped, self.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
+            self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
-        self.step, self.samples = facts["step"], facts["samples"]
-        self.skipped, self.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
-        self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
         for left in config.output_dir.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         return folder, found
@@ -437,3 +443,11 @@ class Distillation:
 
 def _named(role: str, what: str) -> str:
     return f"the {what}" if role == "student" else f"the {role} network's {what}"
+
+
+def _find(output_dir: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to take up, and what to say of others. Raises CheckpointError for a named one that is damaged."""
+    if wanted == "latest":
+        return latest_whole(output_dir)
+    verify(Path(wanted))
+    return Path(wanted), []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+
+Result = TypeVar("Result")
 
 
 def join_processes(mixed_precision: str = "no") -> Accelerator:
@@ -48,3 +51,13 @@ def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
         broadcast_object_list(found)
     if found[0] is not None:
         raise found[0]
+
+
+def from_main(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
+    """The same, and every process gets what it returned."""
+    found: list[Result] = []
+    on_main(accelerator, lambda: found.append(act()))
+    told: list[Any] = found or [None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import read_lines
+from ..files import read_lines, write_whole
 from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..pictures import save_sheet, to_images
@@ -131,7 +131,7 @@ def keep_log(log: Path, step: int) -> None:
     if log.exists():
         whole = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(log, "".join(f"{line}\n" for line in kept).encode())
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
