@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 WEB_DIRECTORY = "./web"
 
 
-async def comfy_entrypoint() -> ComfyExtension:
-    from .nodes import SPLAMExtension
+async def comfy_entrypoint() -> ComfyExtension | None:
+    try:
+        from .nodes import SPLAMExtension
+    except ImportError as error:
+        import logging
 
+        logging.warning(f"ComfyUI-SPLAM: this ComfyUI is too old or too new for it ({error}). Update both.")
+        return None
     return SPLAMExtension()

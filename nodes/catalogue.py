@@ -70,6 +70,8 @@ def locate(name: str) -> Location:
 
     A published release may also be called by its place, diffusers/slam-sd1.5.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"SPLAM Loader: expected the name of a model, found {name!r:.40}. Choose one of the list.")
     found = find_models()
     if name in found:
         return found[name]

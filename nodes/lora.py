@@ -109,6 +109,8 @@ def list_loras() -> list[str]:
 
 def locate_lora(name: str) -> Path:
     """Raises ValueError, saying where LoRAs go, for a name that the host does not list."""
+    if not isinstance(name, str):
+        raise ValueError(f"SPLAM LoRA Loader: expected the name of a LoRA, found {name!r:.40}. Choose one of the list.")
     if is_pickle(name):
         raise ValueError(
             f"SPLAM LoRA Loader: {name!r} is a pickle, which can run code when opened; expected a .safetensors file."

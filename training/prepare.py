@@ -95,6 +95,8 @@ class Preparation:
                 for _, index in shards_of(self.folder, range(part, part + 1)):
                     self._count(index)
                 continue
+            for left in self.folder.glob(f"{part:06d}*.partial"):  # a part has one maker, which was killed
+                left.unlink(missing_ok=True)
             count = 0
             for records in grouped(self._records(part), self.shard_size):
                 shard = f"{part:06d}-{count:05d}"

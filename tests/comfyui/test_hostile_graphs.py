@@ -1,0 +1,159 @@
+"""Graphs that no page would make: every input at and beyond its edges, wired into the host's own nodes at random."""
+
+import random
+import time
+
+import pytest
+
+from harness.graphs import save_latent, text_to_image
+from harness.reliability import note
+from harness.server import ComfyServer, ServerError
+
+pytestmark = pytest.mark.comfyui
+OURS = (
+    *("SPLAMLoader", "SPLAMLoraLoader", "SPLAMModelPatch", "SPLAMSampler", "SPLAMSamplerSelect", "SPLAMScheduler"),
+    "SPLAMFetch",
+)
+STOCK = (
+    *("CLIPTextEncode", "ConditioningZeroOut", "ConditioningCombine", "KSamplerSelect", "BasicScheduler", "FlipSigmas"),
+    *("SplitSigmas", "BasicGuider", "CFGGuider", "RandomNoise", "DisableNoise", "SamplerCustom", "KSampler", "FreeU"),
+    *("SamplerCustomAdvanced", "LatentBatch", "RepeatLatentBatch", "ModelSamplingDiscrete", "RescaleCFG", "VAEDecode"),
+    *("ModelSamplingContinuousEDM", "ModelSamplingSD3", "LatentFromBatch", "LoraLoader", "ModelMergeSimple"),
+)
+JUNK = (
+    *(None, True, 0, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, 1e308, "", "x", "1", "nan", "../../etc/passwd", "\0"),
+    *("C:\\x", "☃" * 50, "y" * 10_000, [], {}, ["gone", 0], ["0", 99], ["0", -1], ["0", "x"], [[]], {"a": {"b": [1]}}),
+)
+SMALL = {"width": 64, "height": 64, "batch_size": 1, "steps": 2, "amount": 1, "seed": 1, "noise_seed": 1, "cfg": 1.0}
+PROMPT = "a large red star above a small blue ring"
+
+
+def inputs_of(info):
+    """{name: (type, options of a list or settings)} of a node."""
+    found = {}
+    for group in ("required", "optional"):
+        for name, spec in info["input"].get(group, {}).items():
+            kind, settings = spec[0], spec[1] if len(spec) > 1 else {}
+            found[name] = ("COMBO", {**settings, "options": kind}) if isinstance(kind, list) else (kind, settings)
+    return found
+
+
+def edges(kind, settings, rng):
+    """Values of a widget at, near and beyond what it allows."""
+    low, high, usual = (settings.get(name) for name in ("min", "max", "default"))
+    if kind == "COMBO":
+        return rng.choice([*settings.get("options", []), "absent", "../x", usual])
+    if kind in ("INT", "FLOAT"):
+        step = settings.get("step") or (1 if kind == "INT" else 0.01)
+        near = [usual, low, high] + [end + sign * step for end in (low, high) if end is not None for sign in (-1, 1)]
+        return rng.choice([one for one in near if one is not None] or [0])
+    return usual if usual is not None else "a red star"
+
+
+def hostile_graph(info, models, loras, seed):
+    """A few of our nodes and the host's, and what shows their results."""
+    rng, graph, made = random.Random(seed), {}, []
+
+    def add(kind, hostile):
+        inputs = {}
+        for name, (wanted, settings) in inputs_of(info[kind]).items():
+            fitting = [link for link, given in made if given == wanted]
+            if hostile and rng.random() < 0.08:
+                inputs[name] = rng.choice(JUNK)
+            elif hostile and rng.random() < 0.04:
+                continue
+            elif fitting and not (hostile and rng.random() < 0.1):
+                inputs[name] = rng.choice(fitting[-3:])
+            elif wanted in ("INT", "FLOAT", "COMBO", "STRING", "BOOLEAN"):
+                inputs[name] = edges(wanted, settings, rng) if hostile else usual(name, wanted, settings, rng)
+            elif made and hostile:
+                inputs[name] = rng.choice(made)[0]
+        for name, choices in (("model_name", models), ("lora_name", loras)):
+            if name in inputs and isinstance(inputs[name], str) and rng.random() < 0.7:
+                inputs[name] = rng.choice(choices)
+        if str(inputs.get("release", "")).startswith("alimama"):  # which would be downloaded
+            inputs["release"] = "absent"
+        graph[str(len(graph))] = {"class_type": kind, "inputs": inputs}
+        made.extend(([str(len(graph) - 1), slot], given) for slot, given in enumerate(info[kind]["output"]))
+
+    graph["0"] = {"class_type": "SPLAMLoader", "inputs": {"model_name": models[0]}}
+    made.extend((["0", slot], given) for slot, given in enumerate(("MODEL", "CLIP", "VAE")))
+    for kind in ("CLIPTextEncode", "EmptyLatentImage", "SPLAMSamplerSelect", "SPLAMScheduler"):
+        add(kind, False)
+    for _ in range(rng.randrange(1, 5)):
+        kind = rng.choice(OURS) if rng.random() < 0.6 else rng.choice([one for one in STOCK if one in info])
+        add(kind, kind in OURS)
+    for kind in ("SPLAMSampler", "SamplerCustom", "KSampler"):
+        if rng.random() < 0.5:
+            add(kind, kind in OURS)
+    for number, (link, given) in enumerate(made[5:]):
+        if given == "LATENT":
+            inputs = {"samples": link, "filename_prefix": "hostile"}
+            graph[f"saved {number}"] = {"class_type": "SaveLatent", "inputs": inputs}
+    return graph
+
+
+def usual(name, kind, settings, rng):
+    if name in SMALL:
+        return SMALL[name]
+    if kind == "COMBO":
+        return rng.choice(settings.get("options") or ["none"])
+    return settings.get("default", {"INT": 1, "FLOAT": 1.0, "STRING": "a red star", "BOOLEAN": True}[kind])
+
+
+def answer(server, graph):
+    """What is wrong with the server's answer to a graph; None for a result, and for an error that is a sentence."""
+    try:
+        prompt = server.post("/prompt", {"prompt": graph, "client_id": "hostile"})["prompt_id"]
+    except ServerError as error:
+        text = str(error)
+        good = "HTTP 400" in text and str(server.folder) not in text
+        return None if good else text[:400]
+    while not (entry := server.get(f"/history/{prompt}").get(prompt)):
+        server._check_alive()
+        time.sleep(0.02)
+    for kind, details in entry["status"]["messages"]:
+        if kind != "execution_error" or details["node_type"] not in OURS:
+            continue
+        text, raised = details["exception_message"], details["exception_type"].rpartition(".")[2]
+        if raised not in ("ValueError", "FetchError") or str(server.folder) in text or len(text) > 8000:
+            return f"{details['node_type']}: {raised}: {text[:300]}"
+    return None
+
+
+def attacked(server, seeds):
+    """Faults of so many graphs. The picture of a sound graph is the same before and after, and the server lives."""
+    names = {*OURS, *STOCK, "EmptyLatentImage", "SaveLatent"}
+    info = {name: one for name, one in server.get("/object_info").items() if name in names}
+    models = ["diffusers/plain", "diffusers/gamma", "diffusers/v", "diffusers/absent"]
+    control = save_latent(text_to_image("diffusers/plain", PROMPT, seed=9, steps=2))
+    (before,) = server.files(server.run(control))
+    faults = []
+    for seed in seeds:
+        if fault := answer(server, hostile_graph(info, models, ["absent.safetensors"], seed)):
+            faults.append(f"seed {seed}: {fault}")
+    control["sampled"]["inputs"]["seed"] = 10  # not from the host's cache
+    server.run(control)
+    control["sampled"]["inputs"]["seed"] = 9
+    control["model"]["inputs"]["embedded_guidance"] = 1.0  # nor is the model
+    (after,) = server.files(server.run(control))
+    return faults, before == after
+
+
+def test_hostile_graphs_get_a_result_or_a_sentence(server):
+    faults, same = attacked(server, range(40))
+    assert faults == [] and same
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_a_thousand_hostile_graphs(comfyui, pipelines, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "diffusers").symlink_to(pipelines.folder, target_is_directory=True)
+    with ComfyServer(comfyui, tmp_path) as server:
+        version = server.get("/system_stats")["system"].get("comfyui_version", "of no version")
+        count = 1000
+        faults, same = attacked(server, range(1000, 1000 + count))
+        figures = {"hostile_graphs": count, "server_deaths": 0, "graph_faults": len(faults), "control_pictures": 2}
+        note(f"hostile graphs: ComfyUI {version}", {**figures, "control_pictures_identical": same})
+    assert faults == [] and same
