@@ -7,10 +7,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
 from training.data import tars
 from training.data.images import EXTENSIONS, load_picture, picture_size
+from training.data.latents import Made, read_index, read_sample, write_shard
 from training.data.sources import Record, Skip, open_source
 from training.run.config import parse
 from training.run.report import sample_prompts
@@ -308,3 +310,16 @@ def test_a_caption_that_is_none_is_named(tmp_path):
     assert "is 4000000 bytes long, expected a caption" in found["huge.png"].reason
     assert "a caption of 80000 characters" in found["long.png"].reason
     assert "is not UTF-8" in found["binary.png"].reason
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["latents", "prompt"])
+def test_a_number_that_is_none_in_a_prepared_set_is_named_with_its_place(tmp_path, key, value):
+    samples = [{"latents": torch.ones(1, 4, 2, 2), "prompt": torch.ones(3)} for _ in range(2)]
+    samples[1][key].view(-1)[2] = value
+    records = [Record(f"{number}.png", "a fox", None) for number in range(2)]
+    write_shard(tmp_path, "a", Made([(n, records[n], sample) for n, sample in enumerate(samples)], [], 0))
+    first, second = (row["at"] for row in read_index(tmp_path, "a")["samples"])
+    assert read_sample(tmp_path, "a", first)["latents"].equal(samples[0]["latents"])
+    with pytest.raises(ValueError, match=rf"a\.tar is damaged at byte {second[0]} \({key} holds NaN or infinite"):
+        read_sample(tmp_path, "a", second)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from splam_core import predict_epsilon, read_json, reading
+from splam_core import not_finite, predict_epsilon, read_json, reading
 from splam_core.solver import draw_latents
 
 from ..files import write_whole
@@ -211,6 +211,9 @@ def read_sample(folder: Path, shard: str, at: Sequence[int]) -> Sample:
     try:
         with open(file, "rb") as opened:
             opened.seek(at[0])
-            return load(opened.read(at[1]))
+            sample = load(opened.read(at[1]))
+        if bad := not_finite(sample):
+            raise ValueError(f"{bad} holds NaN or infinite values")
+        return sample
     except Exception as error:  # safetensors raises a class of its own
         raise ValueError(f"{file} is damaged at byte {at[0]} ({error}): delete it, and prepare it again") from error

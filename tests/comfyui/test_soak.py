@@ -1,0 +1,63 @@
+"""A server that works all day: mixed prompts, cancels and model switches. Its memory and its pictures stay."""
+
+import random
+import time
+
+import psutil
+import pytest
+
+from harness.graphs import custom, save_image, save_latent, stock, text_to_image
+from harness.reliability import note
+from harness.server import ComfyServer, ServerError
+
+pytestmark = pytest.mark.comfyui
+PROMPT = "a large red star above a small blue ring"
+MODELS = ("diffusers/plain", "diffusers/gamma", "diffusers/v", "embedded-student")
+CONTROL_EVERY = 25
+
+
+def mixed(rng):
+    """A graph of one of the kinds that people queue; seeds differ, so that the host's cache answers none."""
+    model, seed, steps = rng.choice(MODELS), rng.randrange(2**32), rng.randrange(1, 9)
+    return rng.choice((
+        lambda: save_latent(text_to_image(model, PROMPT, seed=seed, steps=steps, batch_size=rng.randrange(1, 4))),
+        lambda: save_image(text_to_image(model, PROMPT, seed=seed, steps=steps)),
+        lambda: save_latent(custom(model, PROMPT, seed=seed, steps=steps)),
+        lambda: save_latent(stock(model, PROMPT, seed=seed, steps=steps, cfg=1.0, sampler="splam", scheduler="splam")),
+        lambda: save_latent(stock(model, PROMPT, seed=seed, steps=steps, cfg=4.0, sampler="euler")),
+        lambda: text_to_image(model, PROMPT, steps=0) | {"saved": {"class_type": "SaveLatent", "inputs": {}}},
+    ))()  # fmt: skip
+
+
+def soaked(server, count, seed):
+    """(growth of the server's memory since a tenth of the prompts, whether the control pictures were one)."""
+    rng, process, after, pictures = random.Random(seed), psutil.Process(server.process.pid), 0, set()
+    for number in range(count):
+        try:
+            prompt = server.queue(mixed(rng))
+            if rng.random() < 0.2:
+                time.sleep(rng.random())
+                server.post("/interrupt", {})
+            server.wait(prompt)
+        except ServerError as error:
+            assert "interrupted" in str(error) or "HTTP 400" in str(error), error
+        if number % CONTROL_EVERY == 0:
+            control = save_image(text_to_image("diffusers/plain", PROMPT, seed=4, steps=2))
+            server.run(save_latent(text_to_image("diffusers/plain", PROMPT, seed=number, steps=1)))  # not its cache
+            pictures.update(server.files(server.run(control)))
+        if number == count // 10:
+            after = process.memory_info().rss
+    return process.memory_info().rss / after - 1, len(pictures) == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_five_hundred_prompts(comfyui, pipelines, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "diffusers").symlink_to(pipelines.folder, target_is_directory=True)
+    with ComfyServer(comfyui, tmp_path) as server:
+        growth, same = soaked(server, 500, 0)
+        version = server.get("/system_stats")["system"].get("comfyui_version", "of no version")
+    figures = {"soak_prompts": 500, "server_deaths": 0, "memory_growth": round(growth, 4)}
+    note(f"soak: ComfyUI {version}", {**figures, "control_pictures": 20, "control_pictures_identical": same})
+    assert growth < 0.05 and same
