@@ -37,7 +37,9 @@ _HERE = Path(__file__).parents[1]
 
 def offered() -> list[type[io.ComfyNode]]:
     """The nodes that this ComfyUI can run. One sentence says which it cannot, for want of what in it."""
-    found, lost, reason = [], [], ""
+    found: list[type[io.ComfyNode]] = []
+    lost: list[str] = []
+    reason = ""
     for module, names in OFFERS.items():
         try:
             room = importlib.import_module(f".{module}", __name__)

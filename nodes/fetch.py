@@ -107,8 +107,8 @@ class SPLAMFetch(io.ComfyNode):
 
     @classmethod
     def execute(cls, release: str) -> io.NodeOutput:
-        if release not in RELEASES:
-            raise FetchError(f"SPLAM Fetch: there is no release {release!r}. Choose one of {', '.join(RELEASES)}.")
+        if not isinstance(release, str) or release not in RELEASES:
+            raise FetchError(f"SPLAM Fetch: there is no release {release!r:.80}. Choose one of {', '.join(RELEASES)}.")
         with host_names():
             path, text = fetch(RELEASES[release], Progress(cls.hidden.unique_id))
         # Whoever uses a shared server sees both.

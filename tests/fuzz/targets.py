@@ -136,9 +136,13 @@ def training_targets(corpus: Corpus) -> list[Target]:
         Target(
             "LoRA of peft",
             lora_files | {corpus.peft / "adapter_config.json": mutated_json},
-            lambda: merged(unet, read_lora(corpus.peft)),
+            lambda: merged(unet, read_lora(corpus.peft), name=str(corpus.peft)),
         ),
-        Target("LoRA of kohya", {corpus.kohya: mutated_safetensors}, lambda: merged(unet, read_lora(corpus.kohya))),
+        Target(
+            "LoRA of kohya",
+            {corpus.kohya: mutated_safetensors},
+            lambda: merged(unet, read_lora(corpus.kohya), name=str(corpus.kohya)),
+        ),
         Target("export of a file", {corpus.single: mutated_safetensors}, lambda: exported(corpus.single, "diffusers")),
         Target("export of a folder", corpus.parts(), lambda: exported(corpus.pipeline, "single-file")),
         Target(

@@ -196,7 +196,7 @@ def read_index(folder: Path, shard: str) -> dict | None:
     found = read_json(index)
     with reading(index, "it is no index of a shard", f"Delete it and {shard}.tar, and run the same command again"):
         numbers = [number for row in found["samples"] for number in (row["number"], *row["at"], *row["shape"])]
-        words = [word for name, reason in found["skipped"] for word in (name, reason)] + list(found["filtered"])
+        words = [word for one in found["skipped"] for word in (one[0], one[1])] + list(found["filtered"])
         counts = [*numbers, *found["filtered"].values(), found.get("cut", 0)]
         if not all(isinstance(one, int) and 0 <= one < 2**63 for one in counts) or not all(
             isinstance(one, str) for one in words

@@ -99,6 +99,17 @@ def verify(folder: Path) -> None:
             )
 
 
+def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint to take up, a folder or "latest", and what to say of others.
+
+    Raises CheckpointError for a named one that is damaged.
+    """
+    if wanted == "latest":
+        return latest_whole(output_dir)
+    verify(Path(wanted))
+    return Path(wanted), []
+
+
 def latest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """(The newest checkpoint whose files are as they were written, None if there is none; what to say of the others.)
 

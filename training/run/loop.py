@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from ..models.pipeline import DTYPES, Pipeline
 from .checkpoints import (
     RandomState,
     Stateful,
+    find_checkpoint,
     latest_checkpoint,
-    latest_whole,
     load_objects,
     read_checkpoint,
     rotate,
-    verify,
     write_checkpoint,
 )
 from .config import FINISH_SETTINGS, Config
@@ -402,7 +400,7 @@ class Distillation:
         Raises ValueError for one of another run: other settings than may change, another teacher's weights.
         """
         config = self.config
-        folder, damaged = from_main(self.accelerator, partial(_find, config.output_dir, wanted))
+        folder, damaged = from_main(self.accelerator, lambda: find_checkpoint(config.output_dir, wanted))
         for one in damaged:
             self.accelerator.print(one)
         if folder is None:
@@ -443,11 +441,3 @@ class Distillation:
 
 def _named(role: str, what: str) -> str:
     return f"the {what}" if role == "student" else f"the {role} network's {what}"
-
-
-def _find(output_dir: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to take up, and what to say of others. Raises CheckpointError for a named one that is damaged."""
-    if wanted == "latest":
-        return latest_whole(output_dir)
-    verify(Path(wanted))
-    return Path(wanted), []
