@@ -104,6 +104,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path | None, list[st
 
     Raises CheckpointError for a named one that is damaged.
     """
+    for left in output_dir.glob("*.partial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if wanted == "latest":
         return latest_whole(output_dir)
     verify(Path(wanted))

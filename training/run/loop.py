@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -434,8 +433,6 @@ class Distillation:
             self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
         except (RuntimeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
-        for left in config.output_dir.glob("*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
         return folder, found
 
 
