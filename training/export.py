@@ -112,7 +112,10 @@ def export(options: argparse.Namespace) -> Path:
         write_folder(model, output)
         return output
     _require_safetensors(output)
-    write_single_file(model, output, output.stem, _kept_metadata(options.source))
+    try:
+        write_single_file(model, output, output.stem, _kept_metadata(options.source))
+    except ValueError as error:  # names that single files have no place for
+        raise ValueError(f"{options.source}: {error}") from error
     return output
 
 

@@ -29,7 +29,7 @@ FOUND = {
     "teacher file": (15, 19, 31),
     "teacher in shards": (2, 6, 14, 18, 24),
     "LoRA of peft": (4, 10006),
-    "export of a folder": (16, 17, 20),
+    "export of a folder": (16, 17, 20, 10030),
     "export of a LoRA": (1, 30),
     "checkpoint": (48,),
     "results": (42,),
