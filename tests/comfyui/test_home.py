@@ -237,8 +237,8 @@ def test_the_registry_file():
     for address in [comfy["Icon"], comfy.get("Banner", ""), *project["urls"].values()]:
         assert address == "" or address.startswith("https://"), address
         assert "example" not in address and "your" not in address.lower()
-    for requirement in project["dependencies"]:
-        assert requirement in (ROOT / "requirements.txt").read_text()
+    # Those of `pip install .`, the library: every host has them, so that the pack asks for nothing.
+    assert {re.match(r"\w+", requirement)[0] for requirement in project["dependencies"]} == {"torch", "safetensors"}
 
 
 def test_the_registry_gets_all_that_the_pack_needs():
