@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     python, comfyui = set_up(None)
     if options.command == "test":
         rest = [word for one in rest for word in (("-m", "long") if one == "--long" else (one,))]
-        return run(python, ["-m", "pytest", *rest, *([] if names_tests(rest) else [ROOT / "tests"])], comfyui)
+        return run(python, ["-m", "pytest", *rest, *([] if names_tests(rest) else whole_suite(rest))], comfyui)
     return run(python, rest, comfyui)
 
 
@@ -84,6 +84,16 @@ def names_tests(words: list[str]) -> bool:
     before = ["", *words]
     words = [w for w, option in zip(words, before, strict=False) if w[0] != "-" and option not in PYTEST_VALUE_OPTIONS]
     return any("::" in word or word.endswith(".py") or Path(word).is_dir() for word in words)
+
+
+def whole_suite(words: list[str]) -> list:
+    """The tests' folder, in a process for each core (at most 4): a file's tests stay together, and share its servers.
+
+    In one process where there is one core, and where the words say how many (-n) or want the terminal (-s, --pdb).
+    """
+    workers = min(usable_cores(), 4)
+    alone = workers == 1 or any(word in ("-s", "--pdb", "--collect-only", "long") or word[:2] == "-n" for word in words)
+    return [*([] if alone else ["-n", workers, "--dist", "loadfile"]), ROOT / "tests"]
 
 
 def run(python: Path, arguments: list, comfyui: Path, cwd: Path | None = None) -> int:

@@ -72,3 +72,15 @@ def test_a_command_runs_at_no_cost_and_hands_on_its_exit_code():
 def test_only_words_that_name_tests_replace_the_whole_suite(words, names, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert load_dev(ROOT / "dev.py").names_tests(words.split()) == names
+
+
+@pytest.mark.parametrize("words", ["", "-k nodes -x", "-m core", "-s", "-n 3", "-n3", "--pdb"])
+def test_the_whole_suite_runs_in_a_process_for_each_core(words, monkeypatch):
+    dev = load_dev(ROOT / "dev.py")
+    for cores, expected in ((1, []), (2, ["-n", 2]), (64, ["-n", 4])):
+        monkeypatch.setattr(dev, "usable_cores", lambda cores=cores: cores)
+        *found, folder = dev.whole_suite(words.split())
+        alone = bool({"-s", "--pdb"} & set(words.split())) or "-n" in words.replace("-k n", "")
+        assert folder == ROOT / "tests" and found == (
+            [] if alone or not expected else [*expected, "--dist", "loadfile"]
+        )
