@@ -133,8 +133,8 @@ ALL = {
     ("gone", "lost"),
     [
         ("comfy.weight_adapter.LoRAAdapter", {"SPLAMLoraLoader"}),
-        ("server.PromptServer", {"SPLAMFetch", "SPLAMLoader", "SPLAMLoraLoader"}),
-        ("comfy.model_sampling.ModelSamplingDiscrete", ALL - {"SPLAMFetch", "SPLAMLoraLoader"}),
+        ("server.PromptServer", ALL - {"SPLAMModelPatch"}),
+        ("comfy.model_sampling.ModelSamplingDiscrete", ALL - {"SPLAMFetch"}),
         ("comfy.samplers.SCHEDULER_HANDLERS", set()),
         ("comfy_api.latest.ComfyExtension", None),
     ],
