@@ -2,8 +2,8 @@
 
 import logging
 
+import server
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 
 def warn(text: str) -> None:
@@ -20,6 +20,7 @@ def tell(text: str) -> None:
 
 def show(text: str) -> None:
     """Shows it on the node alone, as often as it changes."""
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+    # A host without it has the sentence in its log, and the node.
+    context, running = get_executing_context(), getattr(getattr(server, "PromptServer", None), "instance", None)
+    if context is not None and running is not None:
+        running.send_progress_text(text, context.node_id, running.client_id)

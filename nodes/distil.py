@@ -13,7 +13,7 @@ from .distilling.run import Run, Settings
 from .distilling.samples import Samples
 from .distilling.work import Work
 from .host import Clip, Conditioning, Latent, Model, Vae
-from .options import advanced
+from .options import advanced, check_choice
 from .parametrisation import as_consistency_model
 
 NONE = "none"
@@ -189,6 +189,7 @@ class SPLAMDistil(io.ComfyNode):
         positive: list[Conditioning] | None = None,
         latents: list[Latent] | None = None,
     ) -> io.NodeOutput:
+        check_choice(NAME, "recipe", recipe[0], RECIPES)
         # The paper's way of telling gamma needs a weight that no host's UNet has; the other one needs none.
         chosen = {**RECIPES[recipe[0]], "gamma_conditioning": "noise-level", "guidance_scale": guidance[0]}
         settings = Settings(

@@ -14,6 +14,7 @@ from ..splam_core.schedule import broadcast_to
 from .announce import tell
 from .few_step import NAME, _numbers_in_batch, check_latent, check_sigmas, check_steps, sample_splam, splam_sigmas
 from .host import Model, ModelSampling, Sampler, WrappedModel
+from .options import FAMILY_CHOICES, check_choice
 from .parametrisation import is_consistency, is_empty, nearest_timesteps, schedule_of
 
 AUTO = "auto"
@@ -22,6 +23,7 @@ ATTACHMENT = "splam_family"  # on a MODEL: (family, what told it)
 
 def family_of(node: str, model: Model | None, name: str) -> Family:
     """The family called `name`; of "auto" the one that the MODEL's files told its loader, and a sentence says which."""
+    check_choice(node, "family", name, FAMILY_CHOICES)
     if name != AUTO:
         return FAMILIES[name]
     told = model.get_attachment(ATTACHMENT) if model is not None else None
@@ -49,7 +51,8 @@ def family_sigmas(node: str, sampling: ModelSampling, family: Family, steps: int
 
 
 def sampler_of(family: str, refinements: int, eta: float) -> Sampler:
-    """The SAMPLER of a family by its name, "auto" included."""
+    """The SAMPLER of a family by its name, "auto" included. Raises ValueError for another."""
+    check_choice("SPLAM Sampler Select", "family", family, FAMILY_CHOICES)
     if family == NAME:
         return comfy.samplers.KSAMPLER(sample_splam, extra_options={"refinements": refinements})
     options = {"refinements": refinements, "family": family, "eta": eta}

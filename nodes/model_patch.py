@@ -4,8 +4,10 @@ from comfy_api.latest import io
 
 from .gamma import patch_gamma
 from .host import Model
-from .options import search_aliases
+from .options import check_choice, search_aliases
 from .parametrisation import as_consistency_model
+
+GAMMA_CONDITIONINGS = ("none", "noise-level", "embedding")
 
 
 class SPLAMModelPatch(io.ComfyNode):
@@ -24,7 +26,7 @@ class SPLAMModelPatch(io.ComfyNode):
                 io.Model.Input("model", tooltip="A few-step model from any loader, with or without LoRAs and patches."),
                 io.Combo.Input(
                     "gamma_conditioning",
-                    options=["none", "noise-level", "embedding"],
+                    options=list(GAMMA_CONDITIONINGS),
                     default="none",
                     tooltip=(
                         "Only for the experimental refinements: how the UNet is told where on a sub-path it is. "
@@ -37,6 +39,7 @@ class SPLAMModelPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, gamma_conditioning: str) -> io.NodeOutput:
+        check_choice("SPLAM Model Patch", "gamma_conditioning", gamma_conditioning, GAMMA_CONDITIONINGS)
         if gamma_conditioning == "none":
             return io.NodeOutput(as_consistency_model(model))
         return io.NodeOutput(patch_gamma(model, gamma_conditioning))

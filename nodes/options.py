@@ -1,5 +1,6 @@
 """Inputs that more than one node has: one wording, one range."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -7,10 +8,19 @@ from comfy_api.latest import io
 
 from ..splam_core.families import FAMILIES
 
+FAMILY_CHOICES = (*FAMILIES, "auto")
+
 
 def search_aliases(*names: str) -> dict[str, list[str]]:
     """Schema's argument with other names under which the page's search finds a node; none in a host that lacks it."""
     return {"search_aliases": list(names)} if "search_aliases" in {field.name for field in fields(io.Schema)} else {}
+
+
+def check_choice(node: str, name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ValueError for a value that a list does not have: not every host looks."""
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{node}: {name} is {value!r:.80}. Choose one of {', '.join(known)}.")
 
 
 def steps_input() -> io.Int.Input:
@@ -68,7 +78,7 @@ def advanced(widget: Any) -> Any:
 def family_input() -> io.Combo.Input:
     return io.Combo.Input(
         "family",
-        options=[*FAMILIES, "auto"],
+        options=list(FAMILY_CHOICES),
         default="splam",
         optional=True,
         tooltip=(

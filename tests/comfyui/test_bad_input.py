@@ -193,6 +193,33 @@ def test_numbers_out_of_range(case, server, then_right):
         server.run(save_latent(text_to_image("diffusers/plain", PROMPT, **inputs)))
 
 
+BAD_CHOICES = {
+    "SPLAMSampler": ("family", {"positive": ["positive", 0], "latent_image": ["latent", 0], "seed": 0}),
+    "SPLAMScheduler": ("family", {}),
+    "SPLAMModelPatch": ("gamma_conditioning", {}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHOICES)
+@pytest.mark.parametrize("value", ["absent", 7, {"a": 1}])
+def test_choices_that_are_none(kind, value, server, then_right):
+    """ComfyUI 0.3.75 lets every value of such a list through."""
+    name, more = BAD_CHOICES[kind]
+    graph = save_latent(custom("diffusers/plain", PROMPT, seed=0, steps=2))
+    inputs = {"model": ["model", 0], "steps": 2, "denoise": 1.0} | more | {name: value}
+    inputs = {"model": ["model", 0], name: value} if kind == "SPLAMModelPatch" else inputs
+    graph["bad"] = {"class_type": kind, "inputs": inputs}
+    graph["sigmas"]["inputs"]["model"] = ["bad", 0]
+    if kind == "SPLAMScheduler":
+        graph["sampled"]["inputs"]["sigmas"] = ["bad", 0]
+    elif kind == "SPLAMSampler":
+        graph["saved"]["inputs"]["samples"] = ["bad", 0]
+    else:
+        graph["sampled"]["inputs"]["model"] = ["bad", 0]
+    with pytest.raises(ServerError, match=rf"{kind}: .*{name} is .*Choose one of|Value not in list"):
+        server.run(graph)
+
+
 def bad_latent(kind: str) -> torch.Tensor:
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1))
     if kind == "nan":
