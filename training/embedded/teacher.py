@@ -137,6 +137,20 @@ def denoising_loss(
     return (weight * (output.float() - noise) ** 2).mean() + LAYOUT_WEIGHT * reading
 
 
+def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
+    """The parts as a diffusers pipeline, in fp16."""
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
@@ -188,16 +202,7 @@ def main() -> None:
         columns = [(f"{step}" if i == 0 else "", pictures[i::6]) for i in range(6)]
         save_sheet(args.run_dir / f"sheet-{step:06d}.png", columns)
 
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=ema["text_encoder"],
-        tokenizer=tokenizer,
-        unet=ema["unet"],
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16).save_pretrained(args.run_dir / "pipeline")
+    save_pipeline(args.run_dir / "pipeline", vae, ema["text_encoder"], tokenizer, ema["unet"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -30,7 +30,7 @@ from ...pictures import save_sheet, to_images, to_tensor
 from ...scenes.emoji import IMAGE_SIZE, Pictures, draw_caption, parse_caption
 from ..autoencoder import SCALING_FACTOR
 from ..loop import save_whole, train
-from ..teacher import CAPTION_DROP, build_scheduler, denoising_loss, drawn_levels
+from ..teacher import CAPTION_DROP, build_scheduler, denoising_loss, drawn_levels, save_pipeline
 from ..text import build_text_encoder
 from .text import WIDTH, LayoutHead, layout, pretrain
 
@@ -185,16 +185,7 @@ def main() -> None:
         if step % 500 == 0 or step == args.steps:
             draw_sheet(pipeline, args.seed + 1, args.guidance_scale, args.run_dir / f"sheet-{step:06d}.png")
 
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=ema["text_encoder"],
-        tokenizer=tokenizer,
-        unet=ema["unet"],
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16).save_pretrained(args.run_dir / "pipeline")
+    save_pipeline(args.run_dir / "pipeline", vae, ema["text_encoder"], tokenizer, ema["unet"])
 
 
 if __name__ == "__main__":
