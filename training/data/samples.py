@@ -20,7 +20,7 @@ from tqdm import tqdm
 from splam_core import read_json, reading
 from splam_core.order import Order, held_out
 
-from ..files import write_whole
+from ..files import shipped, write_whole
 from ..models.pipeline import Pipeline
 from .base import (
     Share,
@@ -47,7 +47,7 @@ from .options import DataOptions
 from .sources import Listing, Skip, digest
 
 log = logging.getLogger(__name__)
-PROMPTS = Path(__file__).resolve().parents[2] / "assets" / "prompts.txt"  # what is trained on without --data
+PROMPTS = shipped("assets") / "prompts.txt"  # what is trained on without --data
 MEMORY = 2**30  # bytes of samples that are kept in memory
 MOST_PARTS = 10_000_000  # of a prepared set
 SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
