@@ -68,7 +68,8 @@ def test_it_trains_outside_a_checkout(installed, tmp_path):
     arguments = ("--teacher", "embedded", "--max-train-steps", "1", "--train-batch-size", "2", "--max-samples", "4")
     shown = ("--sample-every", "0", "--validation-samples", "0", "--report-to", "none")
     code = (
-        f"import sys; sys.path.insert(0, {str(installed)!r}); from splam_training.distill import main; sys.exit(main())"
+        f"import sys; sys.path.insert(0, {str(installed)!r}); from splam_training.distill import main; "
+        "from splam_training.data.samples import PROMPTS; assert PROMPTS.is_file(), PROMPTS; sys.exit(main())"
     )
     command = [sys.executable, "-c", code, *arguments, *shown]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
