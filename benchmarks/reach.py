@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -184,7 +184,12 @@ def cost(repeats: int) -> dict:
             with FlopCounterMode(display=False) as counter:
                 call(unet, attention, negative, positive, x)
             operations.append(counter.get_total_flops())
-    return {"nag_cost_ratio": median(ratios[1:]), "nag_cost_ratio_sd15_operations": operations[1] / operations[0]}
+    low, middle, high = quantiles(ratios[1:], n=4)
+    return {
+        "nag_cost_ratio": middle,
+        "nag_cost_ratio_quartiles": [low, high],
+        "nag_cost_ratio_sd15_operations": operations[1] / operations[0],
+    }
 
 
 def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, float]:
