@@ -175,8 +175,8 @@ def _change(rng: random.Random, tree: list) -> None:
         owner[key] = copy.deepcopy(rng.choice(VALUES))
 
 
-def _shape(shape: list, rng: random.Random) -> Any:
-    dims = list(shape)
+def _shape(shape: Any, rng: random.Random) -> Any:
+    dims = list(shape or [])  # which may have been changed before
     at = rng.randrange(len(dims)) if dims else 0
     choices = [[], [0], [-1], [2**62, 0], [2**32, 2**32], [1] * 70, dims[::-1], [*dims, 1], dims[:-1], "x", None, [1.5]]
     if dims:

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .families import family_of, family_sigmas, sampler_of
 from .host import Model
 from .options import denoise_input, eta_input, family_input, refinements_input, search_aliases, steps_input
+from .sockets import connected
 
 
 class SPLAMSamplerSelect(io.ComfyNode):
@@ -44,6 +45,7 @@ class SPLAMScheduler(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(cls, model: Model, steps: int, denoise: float, family: str = "splam") -> io.NodeOutput:
         chosen = family_of("SPLAM Scheduler", model, family)
         sampling = model.get_model_object("model_sampling")

@@ -15,6 +15,7 @@ from .distilling.work import Work
 from .host import Clip, Conditioning, Latent, Model, Vae
 from .options import advanced, check_choice
 from .parametrisation import as_consistency_model
+from .sockets import connected
 
 NONE = "none"
 
@@ -166,6 +167,7 @@ class SPLAMDistil(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(
         cls,
         model: list[Model],

@@ -15,6 +15,7 @@ from .distilling.judging import endpoint_error, teacher_ends
 from .distilling.pictures import sheet, student_latents, teacher_latents, to_images, to_tensor
 from .distilling.prompts import read_prompts
 from .host import Clip, Conditioning, Model, Vae
+from .sockets import connected
 
 NAME = "SPLAM Distil Report"
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -65,6 +66,7 @@ class SPLAMDistilReport(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(
         cls,
         teacher: Model,

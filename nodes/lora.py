@@ -32,6 +32,7 @@ from .catalogue import host_names, is_pickle, read_json
 from .families import ATTACHMENT as FAMILY
 from .host import Clip, Model, WeightAdapter
 from .options import search_aliases
+from .sockets import connected
 
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
@@ -88,6 +89,7 @@ class SPLAMLoraLoader(io.ComfyNode):
             return locate_lora(lora_name).stat().st_mtime_ns
 
     @classmethod
+    @connected
     def execute(
         cls, model: Model, lora_name: str, strength_model: float, strength_clip: float, clip: Clip | None = None
     ) -> io.NodeOutput:

@@ -6,6 +6,7 @@ from .gamma import patch_gamma
 from .host import Model
 from .options import check_choice, search_aliases
 from .parametrisation import as_consistency_model
+from .sockets import connected
 
 GAMMA_CONDITIONINGS = ("none", "noise-level", "embedding")
 
@@ -38,6 +39,7 @@ class SPLAMModelPatch(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(cls, model: Model, gamma_conditioning: str) -> io.NodeOutput:
         check_choice("SPLAM Model Patch", "gamma_conditioning", gamma_conditioning, GAMMA_CONDITIONINGS)
         if gamma_conditioning == "none":

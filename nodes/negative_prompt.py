@@ -6,6 +6,7 @@ from ..splam_core.nag import Nag
 from .host import Conditioning, Model
 from .nag import patch_negative
 from .options import nag_scale_input, search_aliases
+from .sockets import connected
 
 
 class SPLAMNegativePrompt(io.ComfyNode):
@@ -46,6 +47,7 @@ class SPLAMNegativePrompt(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(
         cls, model: Model, negative: Conditioning, nag_scale: float, nag_tau: float, nag_alpha: float
     ) -> io.NodeOutput:

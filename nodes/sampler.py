@@ -22,6 +22,7 @@ from .options import (
     steps_input,
 )
 from .parametrisation import as_consistency_model
+from .sockets import connected
 
 
 class SPLAMSampler(io.ComfyNode):
@@ -87,6 +88,7 @@ class SPLAMSampler(io.ComfyNode):
         )
 
     @classmethod
+    @connected
     def execute(
         cls,
         model: Model,

@@ -1,5 +1,6 @@
 """Graphs that no page would make: every input at and beyond its edges, wired into the host's own nodes at random."""
 
+import copy
 import random
 import time
 
@@ -13,19 +14,27 @@ from harness.server import ComfyServer, ServerError
 pytestmark = pytest.mark.comfyui
 OURS = (
     *("SPLAMLoader", "SPLAMLoraLoader", "SPLAMModelPatch", "SPLAMSampler", "SPLAMSamplerSelect", "SPLAMScheduler"),
-    "SPLAMFetch",
+    *("SPLAMFetch", "SPLAMNegativePrompt", "SPLAMDistil", "SPLAMDistilReport"),
 )
 STOCK = (
     *("CLIPTextEncode", "ConditioningZeroOut", "ConditioningCombine", "KSamplerSelect", "BasicScheduler", "FlipSigmas"),
     *("SplitSigmas", "BasicGuider", "CFGGuider", "RandomNoise", "DisableNoise", "SamplerCustom", "KSampler", "FreeU"),
     *("SamplerCustomAdvanced", "LatentBatch", "RepeatLatentBatch", "ModelSamplingDiscrete", "RescaleCFG", "VAEDecode"),
     *("ModelSamplingContinuousEDM", "ModelSamplingSD3", "LatentFromBatch", "LoraLoader", "ModelMergeSimple"),
+    *("VAEEncode", "EmptyImage", "LoraModelLoader", "LossGraphNode"),
 )
 JUNK = (
     *(None, True, 0, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, 1e308, "", "x", "1", "nan", "../../etc/passwd", "\0"),
     *("C:\\x", "☃" * 50, "y" * 10_000, [], {}, ["gone", 0], ["0", 99], ["0", -1], ["0", "x"], [[]], {"a": {"b": [1]}}),
 )
 SMALL = {"width": 64, "height": 64, "batch_size": 1, "steps": 2, "amount": 1, "seed": 1, "noise_seed": 1, "cfg": 1.0}
+# The most that a node which trains or draws pictures is asked for: what it allows may take days.
+MOST = {"steps": 3, "resolution": 128, "batch_size": 2, "gradient_accumulation": 2, "teacher_steps": 5, "rank": 64}
+MOST |= {"pictures_per_prompt": 3}
+COSTLY = ("SPLAMDistil", "SPLAMDistilReport")
+ODD = 3  # inputs of a node of ours that are at, near or beyond an edge, or junk, on average
+ENOUGH = 10  # seconds after which a person cancels
+PATIENCE = 600  # seconds after which a prompt that was cancelled counts as a hang
 PROMPT = "a large red star above a small blue ring"
 
 
@@ -48,7 +57,7 @@ def edges(kind, settings, rng):
         step = settings.get("step") or (1 if kind == "INT" else 0.01)
         near = [usual, low, high] + [end + sign * step for end in (low, high) if end is not None for sign in (-1, 1)]
         return rng.choice([one for one in near if one is not None] or [0])
-    return usual if usual is not None else "a red star"
+    return usual or "a red star"  # no prompt at all would be the 4250 of the pack
 
 
 def hostile_graph(info, models, loras, seed):
@@ -56,22 +65,28 @@ def hostile_graph(info, models, loras, seed):
     rng, graph, made = random.Random(seed), {}, []
 
     def add(kind, hostile):
-        inputs = {}
-        for name, (wanted, settings) in inputs_of(info[kind]).items():
+        inputs, asked = {}, inputs_of(info[kind])
+        for name, (wanted, settings) in asked.items():
             fitting = [link for link, given in made if given == wanted]
-            if hostile and rng.random() < 0.08:
+            odd = hostile and rng.random() < ODD / len(asked)
+            if odd and rng.random() < 0.2:
                 inputs[name] = rng.choice(JUNK)
-            elif hostile and rng.random() < 0.04:
+            elif odd and rng.random() < 0.1:
                 continue
-            elif fitting and not (hostile and rng.random() < 0.1):
+            elif fitting and not (odd and rng.random() < 0.3):
                 inputs[name] = rng.choice(fitting[-3:])
             elif wanted in ("INT", "FLOAT", "COMBO", "STRING", "BOOLEAN"):
-                inputs[name] = edges(wanted, settings, rng) if hostile else usual(name, wanted, settings, rng)
-            elif made and hostile:
+                inputs[name] = edges(wanted, settings, rng) if odd else usual(name, wanted, settings, rng)
+            elif made and odd:
                 inputs[name] = rng.choice(made)[0]
         for name, choices in (("model_name", models), ("lora_name", loras)):
             if name in inputs and isinstance(inputs[name], str) and rng.random() < 0.7:
                 inputs[name] = rng.choice(choices)
+        if kind in COSTLY:
+            for name, most in MOST.items():
+                value = inputs.get(name)
+                if type(value) in (int, float) and most < value <= asked[name][1]["max"]:
+                    inputs[name] = most
         if str(inputs.get("release", "")).startswith("alimama"):  # which would be downloaded
             inputs["release"] = "absent"
         graph[str(len(graph))] = {"class_type": kind, "inputs": inputs}
@@ -91,6 +106,8 @@ def hostile_graph(info, models, loras, seed):
         if given == "LATENT":
             inputs = {"samples": link, "filename_prefix": "hostile"}
             graph[f"saved {number}"] = {"class_type": "SaveLatent", "inputs": inputs}
+        elif given == "IMAGE":
+            graph[f"shown {number}"] = {"class_type": "PreviewImage", "inputs": {"images": link}}
     return graph
 
 
@@ -99,20 +116,30 @@ def usual(name, kind, settings, rng):
         return SMALL[name]
     if kind == "COMBO":
         return rng.choice(settings.get("options") or ["none"])
-    return settings.get("default", {"INT": 1, "FLOAT": 1.0, "STRING": "a red star", "BOOLEAN": True}[kind])
+    default = settings.get("default")
+    return {"INT": 1, "FLOAT": 1.0, "STRING": "a red star", "BOOLEAN": True}[kind] if default in (None, "") else default
 
 
 def answer(server, graph):
-    """What is wrong with the server's answer to a graph; None for a result, and for an error that is a sentence."""
+    """What is wrong with the server's answer to a graph; None for a result, and for an error that is a sentence.
+
+    What takes longer than ENOUGH is cancelled.
+    """
     try:
         prompt = server.post("/prompt", {"prompt": graph, "client_id": "hostile"})["prompt_id"]
     except ServerError as error:
         text = str(error)
         good = "HTTP 400" in text and str(server.folder) not in text
         return None if good else text[:400]
+    since, cancelled = time.monotonic(), False
     while not (entry := server.get(f"/history/{prompt}").get(prompt)):
         server._check_alive()
         time.sleep(0.02)
+        if not cancelled and time.monotonic() > since + ENOUGH:
+            server.post("/interrupt", {})
+            cancelled = True
+        if time.monotonic() > since + PATIENCE:
+            return f"is still at it after {PATIENCE} s"
     for kind, details in entry["status"]["messages"]:
         if kind != "execution_error" or details["node_type"] not in OURS:
             continue
@@ -124,7 +151,7 @@ def answer(server, graph):
 
 def attacked(server, seeds):
     """Faults of so many graphs. The picture of a sound graph is the same before and after, and the server lives."""
-    names = {*OURS, *STOCK, "EmptyLatentImage", "SaveLatent"}
+    names = {*OURS, *STOCK, "EmptyLatentImage", "SaveLatent", "PreviewImage"}
     info = {name: one for name, one in server.get("/object_info").items() if name in names}
     models = ["diffusers/plain", "diffusers/gamma", "diffusers/v", "diffusers/absent"]
     control = save_latent(text_to_image("diffusers/plain", PROMPT, seed=9, steps=2))
@@ -142,8 +169,25 @@ def attacked(server, seeds):
 
 
 def test_hostile_graphs_get_a_result_or_a_sentence(server):
-    faults, same = attacked(server, [1092, *range(30)])
-    assert faults == [] and same
+    faults, same = attacked(server, range(30))
+    assert not faults, "\n".join(faults)
+    assert same
+
+
+def test_a_value_where_a_socket_is_is_named(server):
+    """Which 18 of a thousand graphs found, seed 1023 first."""
+    graph = text_to_image("diffusers/plain", PROMPT, steps=1)
+    for name, kind in (("model", "MODEL"), ("positive", "CONDITIONING"), ("latent_image", "LATENT")):
+        for value in ("", "x", 7, {"a": 1}):
+            wrong = copy.deepcopy(save_latent(graph))
+            wrong["sampled"]["inputs"][name] = value
+            with pytest.raises(ServerError, match=rf"expected a {kind} at {name}, found .*Connect"):
+                server.run(wrong)
+
+
+def test_a_release_that_is_no_text_is_refused_in_a_sentence(server):
+    graph = {"fetched": {"class_type": "SPLAMFetch", "inputs": {"release": []}}}
+    assert answer(server, graph) is None
 
 
 @pytest.mark.long
@@ -157,4 +201,5 @@ def test_a_thousand_hostile_graphs(comfyui, pipelines, tmp_path):
         faults, same = attacked(server, range(1000, 1000 + count))
         figures = {"hostile_graphs": count, "server_deaths": 0, "graph_faults": len(faults), "control_pictures": 2}
         note(f"hostile graphs: ComfyUI {version}", {**figures, "control_pictures_identical": same})
-    assert faults == [] and same
+    assert not faults, "\n".join(faults)
+    assert same

@@ -33,7 +33,7 @@ FOUND = {
     "export of a LoRA": (1, 30),
     "checkpoint": (48,),
     "results": (42,),
-    "prepared set": (11, 13, 14, 15, 17, 20, 24, 37, 10015),
+    "prepared set": (11, 13, 14, 15, 17, 20, 24, 37, 10015, 10105, 10530),
     "conversion of a file": (2, 50),
     "conversion of shards on a base": (4,),
 }
@@ -120,7 +120,8 @@ def test_many_hostile_files(corpus, kind):
     reports = attacked(corpus, KINDS[kind](corpus), LONG)
     faults = [fault for report in reports for fault in report.faults]
     noted(kind, [vars(report) for report in reports])
-    assert faults == [] and max(report.memory for report in reports) < MEMORY
+    assert not faults, "\n".join(faults)
+    assert max(report.memory for report in reports) < MEMORY
 
 
 @pytest.mark.long

@@ -27,7 +27,14 @@ pytestmark = [
     pytest.mark.timeout(0),
 ]
 STEPS = 10
-MODES = {"full": (), "LoRA": ("--lora", "--lora-rank", 4)}
+FINISH = ("--finish", "distribution-matching", "--finish-warmup-steps", 1, "--teacher-dtype", "fp32")
+# Steps of the method, and further flags: STEPS in all.
+MODES = {
+    "full": (STEPS, ()),
+    "LoRA": (STEPS, ("--lora", "--lora-rank", 4)),
+    "finishing stage": (3, (*FINISH, "--finish-steps", STEPS - 3)),
+}
+LONG = {"full": 17, "LoRA": 17, "finishing stage": 16}
 KILLED = -9
 
 
@@ -67,7 +74,8 @@ def kill_at_some_moment(process, folder: Path, made, rng: random.Random, most: f
 def losses(folder):
     file = folder / "log.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line)["loss"] for line in lines if line.endswith("}")]  # the last may be cut off
+    found = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
+    return [(line["loss"], line.get("fake_loss")) for line in found]
 
 
 def contents(folder, *patterns):
@@ -79,7 +87,8 @@ def killed_trainings(start, teacher, folder, mode, kills, rng):
     """So many kills, each of which left what an uninterrupted run has at that step; so is the end."""
 
     def configured(output):
-        arguments = (*small_arguments(teacher, output, STEPS), *MODES[mode], "--checkpointing-steps", 1)
+        steps, flags = MODES[mode]
+        arguments = (*small_arguments(teacher, output, steps), *flags, "--checkpointing-steps", 1)
         more = ("--checkpoints-total-limit", 99, "--resume-from-checkpoint", "latest")
         return parse([str(one) for one in (*arguments, *more)])
 
@@ -129,12 +138,10 @@ def killed_preparations(start, teacher, folder, kills, rng):
     killed_work(start, lambda output: (prepare, *asked(output)), folder, kills, rng, made)
 
 
-def killed_evaluations(start, folder, kills, rng):
+def killed_evaluations(start, folder, kills, rng, **more):
     def asked(output):
-        request = Request(
-            model="embedded-student", steps=1, num_images=24, batch_size=2, output_dir=output, device="cpu"
-        )
-        return evaluate, request
+        common = {"steps": 1, "num_images": 24, "batch_size": 2, "device": "cpu", **more}
+        return evaluate, Request(model="embedded-student", output_dir=output, **common)
 
     return killed_work(start, asked, folder, kills, rng, lambda f: contents(f, "**/*.png", "**/*.jpg"))
 
@@ -161,14 +168,14 @@ def test_killed_trainings_end_as_if_nothing_had_happened(start, tiny_pipeline, t
 
 def test_a_killed_preparation_and_a_killed_evaluation_go_on(start, tiny_pipeline, tmp_path):
     killed_preparations(start, tiny_pipeline, tmp_path / "prepare", 1, random.Random())
-    killed_evaluations(start, tmp_path / "evaluate", 1, random.Random())
+    killed_evaluations(start, tmp_path / "evaluate", 1, random.Random(), shard=(0, 1))  # drawn, not scored
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_kills_of_trainings(start, tiny_pipeline, tmp_path, mode):
-    killed_trainings(start, tiny_pipeline, tmp_path, mode, 25, random.Random(mode))
-    note(f"kills: training, {mode}", {"kills": 25, "kills_bit_exact": 25})
+    killed_trainings(start, tiny_pipeline, tmp_path, mode, LONG[mode], random.Random(mode))
+    note(f"kills: training, {mode}", {"kills": LONG[mode], "kills_bit_exact": LONG[mode]})
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from splam_core import decisions
+from splam_core import decisions, reading
 
 from ..models.pipeline import Conditioning, Pipeline
 from .images import nearest_bucket, picture_size
@@ -86,9 +86,11 @@ class TrainingData:
             latents.append(views[-1 if mirror < 0.5 else 0])
             told = {key: value for key, value in sample.items() if key != "latents"}
             conditioning.append(told | self.no_prompt if drop < self.options.caption_drop else told)
-        stacked = {key: torch.stack([one[key] for one in conditioning]) for key in conditioning[0]}
+        with reading(self.spec, "its samples do not fit together", "Delete what was prepared, and prepare it again"):
+            stacked = {key: torch.stack([one[key] for one in conditioning]) for key in conditioning[0]}
+            together = torch.stack(latents)
         return (
-            torch.stack(latents).float().to(self.device),
+            together.float().to(self.device),
             {key: value.float().to(self.device) for key, value in stacked.items()},
         )
 

@@ -202,6 +202,8 @@ def read_index(folder: Path, shard: str) -> dict | None:
             isinstance(one, str) for one in words
         ):
             raise TypeError("numbers and names of other types")
+        if any(len(row["at"]) != 2 or len(row["shape"]) != 4 for row in found["samples"]):
+            raise TypeError("places that are no (offset, size), or shapes that are no [views, channels, height, width]")
         return found
 
 
