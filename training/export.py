@@ -26,7 +26,7 @@ from splam_core import load_file, read_json, read_metadata, reading
 
 from .files import WRITE_ERRORS, why_not_written
 from .models.files import ModelFiles, read_model, write_folder, write_single_file
-from .models.lora import extract_lora, is_lora, merged, read_lora, save_lora
+from .models.lora import extract_lora, is_lora, joined, merged, read_lora, save_lora, with_loras
 from .models.pipeline import DTYPES
 from .models.teachers import resolve
 from .run.checkpoints import verify
@@ -67,12 +67,16 @@ def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFi
     if file is None:
         raise ValueError(f"{folder}: expected {role}.safetensors, found {sorted(f.name for f in folder.iterdir())}")
     weights = {key: weight for key, weight in load_file(file).items() if "cond_proj" not in key}  # zero at gamma = 1
-    model = read_model(resolve(base or config["teacher"])).few_step()
+    plain = read_model(resolve(base or config["teacher"])).few_step()
+    loras = config.get("teacher_lora", [])
+    model = with_loras(plain, loras)
     if not config["lora"]:
         return replace(model, unet=weights), None, 1.0
     scale = (config["lora_alpha"] or config["lora_rank"]) / config["lora_rank"]
-    unet = merged(_float(model.unet), weights, scale, str(file))
-    return replace(model, unet=unet), weights, scale
+    model = replace(model, unet=merged(_float(model.unet), weights, scale, str(file)))
+    if config.get("lora_holds") == "both":
+        return model, joined(weights, scale, loras, plain), 1.0
+    return model, weights, scale
 
 
 def _float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,6 +134,8 @@ def _kept_metadata(source: str) -> dict[str, str]:
         "splam.guidance_scale",
         "splam.teacher",
         "splam.teacher_hash",
+        "splam.teacher_lora",
+        "splam.lora_holds",
     )
     if (place / "state.json").is_file():
         config = json.loads((place / "state.json").read_text(encoding="utf-8"))["config"]

@@ -1,7 +1,7 @@
 """Flags from dataclasses: a field is a flag of the command line and, under the same name, a key of a TOML file.
 
 A field's metadata: help; choices; also (further names of the flag); parse (a function of its text); metavar;
-const (what the bare flag means).
+const (what the bare flag means); repeated (may be given several times, of which none is lost).
 `--some-flag` and `--some_flag` are one.
 """
 
@@ -31,9 +31,11 @@ def flag(
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
     const: Any = None,
+    repeated: bool = False,
 ) -> Any:
     """A dataclass field that is a flag. One without a default must be in the file or on the command line: see to it."""
     about = {"help": help, "choices": choices, "also": also, "parse": parse, "metavar": metavar, "const": const}
+    about["repeated"] = repeated
     return field(metadata=about) if default is MISSING else field(default=default, metadata=about)
 
 
@@ -92,11 +94,11 @@ def _argument(entry: Field, hint: Any) -> tuple[list[str], dict[str, Any]]:
             "metavar": about.get("metavar"),
         }
         if parts and parts[1]:
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "extend" if about.get("repeated") else "store"}
         if about.get("const") is not None:
             options |= {"nargs": "?", "const": about["const"]}
     default = entry.default
-    if default is not MISSING and default is not None and hint is not bool:
+    if default not in (MISSING, None, ()) and hint is not bool:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         options["help"] += f" (default: {shown})"
     return names, options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from splam_core import not_finite, parametrisation_of, reading, shortened
 
 from .files import ModelFiles, read_model, tokenizer_of
+from .lora import with_loras
 from .pipeline import Pipeline
 from .teachers import EMBEDDED, resolve
 
@@ -30,16 +31,18 @@ def load_pipeline(
     download: bool = False,
     unet_dtype: torch.dtype | None = None,
     embedded: str | float = "splam",
+    loras: Sequence[str] = (),
 ) -> Pipeline:
     """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
 
     What a UNet folder lacks is taken from the embedded pipeline; a cond_proj is folded (`fold_gamma`'s `embedded`).
+    loras: FILE or FILE:weight each, merged into UNet and text encoders (`with_loras`).
     Nothing is downloaded unless asked; safetensors only. Raises FileNotFoundError if there is no such model,
     ValueError for one of another kind or that lacks something.
     """
     place = resolve(str(model), revision, download)
     with reading(place):
-        pipeline = build_pipeline(read_teacher(place, embedded), dtype, str(place))
+        pipeline = build_pipeline(with_loras(read_teacher(place, embedded), loras), dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
         pipeline.unet.to(unet_dtype)

@@ -1,9 +1,12 @@
-"""A LoRA merged into the weights of a UNet: for export, and for scoring it as the model that it makes of its base."""
+"""LoRAs merged into a model's weights: for export, for scoring, and into a teacher; and several LoRAs made one."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from splam_core import (
     lora_adapters,
     lora_magnitudes,
     lora_to_kohya,
+    not_finite,
     read_json,
     read_metadata,
     reading,
@@ -28,6 +32,7 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  
 ADAPTER_CONFIG = "adapter_config.json"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b", "magnitude")
 _LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_", "oft_", "lycoris_")
+_TEXT_ENCODERS = {"te": 0, "te1": 0, "te2": 1}  # of kohya's prefixes
 _KEEPING_STARTS = ("gaussian", "eva")  # of peft's init_lora_weights: those that leave the weights below as they are
 
 
@@ -46,7 +51,14 @@ def is_lora(place: Path) -> bool:
 
 
 def read_lora(path: Path) -> StateDict:
-    """A LoRA of a UNet as `merged` takes it: kohya's names, every module with its alpha, DoRA's norms as "magnitude".
+    """A LoRA of a UNet alone as `merged` takes it; the rest as `read_whole_lora`, which takes text encoders too."""
+    found = read_whole_lora(path)
+    _parts(found, str(lora_file(path)))
+    return found
+
+
+def read_whole_lora(path: Path) -> StateDict:
+    """A LoRA under kohya's names, every module with its alpha, DoRA's norms as "magnitude".
 
     path: a .safetensors file with kohya's, peft's or diffusers' names, or a folder that diffusers or peft left. Alphas
     are those of the file, else of adapter_config.json beside it, else of its metadata (alpha_pattern and rsLoRA too),
@@ -63,14 +75,129 @@ def read_lora(path: Path) -> StateDict:
         if config.is_file() and file.name == LORA_FILES[1]:
             adapters = {"unet": read_json(config)}
         try:
-            _check_adapter(adapters.get("unet", {}))
+            for adapter in adapters.values():
+                _check_adapter(adapter)
             norms = lora_magnitudes(lora)
             plain = {key: weight for key, weight in lora.items() if "lora_magnitude_vector" not in key}
             found = lora_to_kohya(plain, adapters=adapters) | {f"{key}.magnitude": norm for key, norm in norms.items()}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-    _parts(found, str(file))
+    if not found or (bad := not_finite(found)) is not None:
+        fault = f"{bad} holds NaN or infinity" if found else "it is empty"
+        raise ValueError(f"{file}: {fault}; expected a LoRA's weights. Fetch the file again, or take another.")
     return found
+
+
+def file_and_weight(text: str) -> tuple[Path, float]:
+    """FILE or FILE:weight. Raises ValueError for a weight that is not finite."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        value = float(weight) if colon else None
+    except ValueError:  # C:\\style.safetensors
+        value = None
+    if value is None:
+        return Path(text).expanduser(), 1.0
+    if not name or not math.isfinite(value):
+        raise ValueError(f"expected FILE or FILE:weight with a finite weight, got {text!r}")
+    return Path(name).expanduser(), value
+
+
+def named_with_weight(text: str) -> str:
+    """The same without folders, for cards and metadata; a weight of 1 goes unsaid."""
+    file, weight = file_and_weight(text)
+    return file.name if weight == 1 else f"{file.name}:{weight:g}"
+
+
+def with_loras(model: ModelFiles, loras: Sequence[str]) -> ModelFiles:
+    """A model with LoRAs (FILE or FILE:weight) merged into its UNet and text encoders; what they change is fp32.
+
+    Raises FileNotFoundError for a file that is not there, ValueError naming the file for what `merged` refuses.
+    """
+    for text in loras:
+        file, weight = file_and_weight(text)
+        unet, *texts = _by_part(read_whole_lora(file), model, str(file))
+        model = replace(
+            model,
+            unet=merged(model.unet, unet, weight, str(file), torch.float32),
+            texts=[
+                merged(own, part, weight, f"{file}, text encoder", torch.float32)
+                for own, part in zip(model.texts, texts, strict=True)
+            ],
+        )
+    return model
+
+
+def _by_part(lora: Mapping[str, Tensor], model: ModelFiles, name: str) -> list[StateDict]:
+    """A LoRA's keys for the UNet and each text encoder of a model, all as `merged` takes a UNet's."""
+    parts: list[StateDict] = [{} for _ in range(1 + len(model.texts))]
+    for key, weight in lora.items():
+        found = re.match(r"lora_(te[12]?)_(?:text_model_)?", key)
+        number = 1 + _TEXT_ENCODERS[found[1]] if found else 0
+        if number >= len(parts):
+            raise ValueError(
+                f"{name}: {key!r} is of text encoder {number}, and this model has {len(model.texts)}: the LoRA belongs "
+                f"to another model"
+            )
+        parts[number][f"lora_unet_{key[found.end() :]}" if found else key] = weight
+    return parts
+
+
+@torch.no_grad()
+def joined(adapter: Mapping[str, Tensor], scale: float, loras: Sequence[str], model: ModelFiles) -> StateDict:
+    """One LoRA (kohya's names, fp32) that changes a model as LoRAs (FILE or FILE:weight) and an adapter on them do.
+
+    adapter: of the UNet, under peft's names, alpha/rank = scale. model: without the LoRAs. Exact: ranks are put beside
+    one another, biases added. Where a LoRA has more than two matrices for a layer (DoRA, a whole difference), all of
+    that layer goes in as one whole difference. Raises as `with_loras`.
+    """
+    own = {key: w * scale if key.endswith(".alpha") else w for key, w in lora_to_kohya(adapter).items()}
+    sources = [(own, 1.0, "the adapter")]
+    for text in reversed(loras):
+        file, weight = file_and_weight(text)
+        sources.insert(0, (read_whole_lora(file), weight, str(file)))
+    result: StateDict = {}
+    for number, weights in enumerate([model.unet, *model.texts]):
+        names, changes = _modules_by_kohya_name(weights), defaultdict(list)
+        for lora, weight, name in sources:
+            for kohya, parts in _parts(_by_part(lora, model, name)[number], name).items():
+                if kohya not in names:
+                    raise ValueError(f"{name}: this model has no module {kohya!r}: the LoRA belongs to another model")
+                changes[names[kohya]].append((parts, weight))
+        start = "lora_unet_"
+        if number:
+            start = f"lora_te{number}_" if len(model.texts) > 1 else "lora_te_"
+        for module, found in changes.items():
+            bare = number == 0 or module == "text_projection"
+            kohya = start + ("" if bare else "text_model_") + module.replace(".", "_")
+            result |= {f"{kohya}.{part}": w.float() for part, w in _together(found, weights, module).items()}
+    return result
+
+
+def _together(changes: Sequence[tuple[dict[str, Tensor], float]], weights: StateDict, module: str) -> StateDict:
+    """The parts of one LoRA for a module that several, (parts, weight) in their order, change."""
+    result: StateDict = {}
+    biases = [weight * parts["diff_b"].double() for parts, weight in changes if "diff_b" in parts]
+    if biases:
+        result["diff_b"] = torch.stack(biases).sum(0)
+    changes = [(parts, weight) for parts, weight in changes if parts.keys() - {"diff_b", "alpha"}]
+    if not changes:
+        return result
+    base = weights[f"{module}.weight"]
+    if all(parts.keys() - {"alpha", "diff_b"} == {"lora_down.weight", "lora_up.weight"} for parts, _ in changes):
+        downs, ups = [], []
+        for parts, weight in changes:
+            down, up = parts["lora_down.weight"].double(), parts["lora_up.weight"].double()
+            rank = len(down)
+            downs.append(down.reshape(rank, *base.shape[1:]))
+            factor = weight * float(parts.get("alpha", rank)) / rank
+            ups.append(factor * up.reshape(len(base), rank, *[1] * (base.ndim - 2)))
+        result |= {"lora_down.weight": torch.cat(downs), "lora_up.weight": torch.cat(ups, 1)}
+        result["alpha"] = torch.tensor(float(len(result["lora_down.weight"])))
+        return result
+    changed = base.double()
+    for parts, weight in changes:
+        changed = changed + weight * _change(changed, parts)
+    return result | {"diff": changed - base.double()}
 
 
 def _check_adapter(config: Mapping[str, Any]) -> None:
@@ -89,27 +216,34 @@ def _check_adapter(config: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def merged(unet: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float = 1.0, name: str = "LoRA") -> StateDict:
+def merged(
+    unet: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor],
+    scale: float = 1.0,
+    name: str = "LoRA",
+    dtype: torch.dtype | None = None,
+) -> StateDict:
     """A UNet's state dict plus scale * (alpha/rank * up @ down + diff), and its biases plus scale * diff_b.
 
-    Summed in float64 and rounded once to each weight's own type. unet: under diffusers' names. lora: of `read_lora`, or
-    under kohya's or peft's names; without an alpha it is the rank. With magnitudes (Liu et al., DoRA) the changed
-    weight's rows get these norms, and scale goes from the old weight to that. name: of what errors speak.
+    Summed in float64 and rounded once to dtype, without it to each weight's own type. unet: under diffusers' names.
+    lora: of `read_lora`, or under kohya's or peft's names; without an alpha it is the rank. With magnitudes (Liu et
+    al., DoRA) the changed weight's rows get these norms, and scale goes from the old weight to that. name: of what
+    errors speak.
     Raises ValueError for a LoRA of another model, of a text encoder (which would be lost), or of another kind.
     """
     result, modules = dict(unet), _modules_by_kohya_name(unet)
     for kohya, found in _parts(lora_to_kohya(lora), name).items():
         if kohya not in modules:
-            raise ValueError(f"{name}: this UNet has no module {kohya!r}: the LoRA belongs to another model")
+            raise ValueError(f"{name}: this model has no module {kohya!r}: the LoRA belongs to another model")
         module = modules[kohya]
         try:
             if "diff_b" in found:
                 bias = unet[f"{module}.bias"]
-                result[f"{module}.bias"] = (bias.double() + scale * _at(found["diff_b"], bias)).to(bias.dtype)
+                result[f"{module}.bias"] = (bias.double() + scale * _at(found["diff_b"], bias)).to(dtype or bias.dtype)
             if found.keys() & {"lora_up.weight", "lora_down.weight", "diff"}:
                 weight = unet[f"{module}.weight"]
                 change = _change(weight.double(), found)
-                result[f"{module}.weight"] = (weight.double() + scale * change).to(weight.dtype)
+                result[f"{module}.weight"] = (weight.double() + scale * change).to(dtype or weight.dtype)
         except (LookupError, RuntimeError, ValueError) as error:
             shapes = {part: tuple(weight.shape) for part, weight in found.items()}
             own = {key: tuple(unet[f"{module}.{key}"].shape) for key in ("weight", "bias") if f"{module}.{key}" in unet}
@@ -132,7 +266,7 @@ def as_adapter(
     for kohya, found in _parts(lora, name).items():
         module = names.get(kohya)
         if module is None:
-            raise ValueError(f"{name}: this UNet has no module {kohya!r}: the LoRA belongs to another model")
+            raise ValueError(f"{name}: this model has no module {kohya!r}: the LoRA belongs to another model")
         if found.keys() | {"alpha"} != {"lora_up.weight", "lora_down.weight", "alpha"}:
             raise ValueError(
                 f"{name}: {kohya} has {', '.join(sorted(found))}, expected two matrices: train without --lora"
@@ -243,13 +377,12 @@ def save_lora(
     title: str,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """A LoRA under kohya's names, which every host loads. scale: alpha/rank."""
-    ranks = {key: w.shape[0] for key, w in lora.items() if key.endswith("lora_A.weight")}
-    kohya = lora_to_kohya({key: weight.to(dtype).contiguous() for key, weight in lora.items()})
+    """A LoRA under kohya's names, which every host loads. scale: alpha/rank, times what the LoRA says of its own."""
+    kohya = lora_to_kohya({k: w if k.endswith(".alpha") else w.to(dtype).contiguous() for k, w in lora.items()})
     for key, weight in kohya.items():
         if key.endswith(".alpha"):
             kohya[key] = weight * scale
-    rank = max(ranks.values(), default=0)
+    rank = max((len(weight) for key, weight in kohya.items() if key.endswith("lora_down.weight")), default=0)
     metadata = model_spec(model, title, "/lora") | dict(more or {})
     metadata |= {
         "ss_network_module": "networks.lora",

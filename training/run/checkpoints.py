@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, states: Mapping[str, Mapping[str, Any]], fact
                 else:
                     torch.save(dict(state), place / f"{name}.pt")
             (place / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-            lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(place.iterdir())]
+            lines = [f"{file_digest(file)}  {file.name}\n" for file in sorted(place.iterdir())]
             (place / SUMS).write_text("".join(lines), encoding="utf-8")
     except WRITE_ERRORS as error:
         raise explain_write_error(error, folder) from error
@@ -91,7 +91,7 @@ def verify(folder: Path) -> None:
         expected, _, name = line.decode(errors="replace").partition("  ")
         # The names are of this folder alone, whatever the file says.
         file = folder / (Path(name).name or SUMS)
-        found = _sha256(file) if file.is_file() else "not there"
+        found = file_digest(file) if file.is_file() else "not there"
         if found != expected:
             raise CheckpointError(
                 f"{folder} is damaged: {shortened(name, 80)} has the SHA-256 {expected[:64]} by {SUMS}, and is "
@@ -135,7 +135,7 @@ def latest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, said
 
 
-def _sha256(file: Path) -> str:
+def file_digest(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(2**20):

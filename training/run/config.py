@@ -15,6 +15,7 @@ from splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 
 from ..data import DataOptions
 from ..flags import add_flags, flag, given_flags, read_toml
+from ..models.lora import file_and_weight
 from ..models.teachers import TEACHERS, list_teachers
 from .optimizers import OPTIMIZERS
 
@@ -38,6 +39,7 @@ FULL_SIZE: dict[str, Any] = {
 }
 LORA_FINISH: dict[str, Any] = {"finish_learning_rate": 2e-5, "fake_learning_rate": 8e-5}
 FINISHES = ("none", "distribution-matching")
+LORA_HOLDS = ("speed", "both")
 _OUTPUT = Path("runs/distill")
 PRESETS = {file.stem: file for file in (Path(__file__).resolve().parent / "presets").glob("*.toml")}
 
@@ -98,6 +100,13 @@ class Config(Recipe, Finish):
     recipe: str = flag(
         "default", "what is not set otherwise is as we found it best (default) or as in the paper", tuple(RECIPES)
     )
+    teacher_lora: tuple[str, ...] = flag(
+        (), "a LoRA merged into the teacher before all else, at this weight (1); may be given several times",
+        metavar="FILE[:WEIGHT]", repeated=True,
+    )  # fmt: skip
+    lora_holds: str = flag(
+        "speed", "what the LoRA of --lora holds: speed alone, or the --teacher-lora too (both)", LORA_HOLDS
+    )
     lora: bool = flag(False, "train a LoRA on the teacher instead of a copy of it; one UNet serves as all three")
     lora_rank: int = flag(64, "rank of the LoRA", also=("--rank",))
     lora_alpha: float | None = flag(None, "its alpha, the update being alpha/rank * up @ down; none: the rank")
@@ -155,6 +164,15 @@ class Config(Recipe, Finish):
             )
         if self.finish != "none" and self.optimizer == "prodigy":
             raise ValueError("--finish needs rates in proportion, and --optimizer prodigy sets its own: take adamw")
+        for one in self.teacher_lora:
+            try:
+                file_and_weight(one)
+            except ValueError as error:
+                raise ValueError(f"--teacher-lora: {error}") from error
+        if self.lora_holds == "both" and not (self.lora and self.teacher_lora):
+            raise ValueError(
+                "--lora-holds both is of a --lora on a teacher with --teacher-lora: give those two, or leave it away"
+            )
         if self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|'):
             raise ValueError(f"--name must be a file's name without folders, got {self.name!r}: see --output-dir")
 

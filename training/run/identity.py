@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import PREFIX, checkpoints
+from .config import Config
 
 # What a resumed run may have otherwise than it began, which is said; the rest makes it another run.
 MAY_CHANGE = frozenset((
@@ -21,11 +22,12 @@ MAY_CHANGE = frozenset((
     "release_decay", "mixed_precision", "teacher_dtype", "gradient_checkpointing", "compile", "checkpointing_steps",
     "checkpoints_total_limit", "sample_every", "sample_prompts", "validation_samples", "report_to", "export_dtype",
     "name", "allow_tf32", "data", "finish_steps", "finish_learning_rate", "fake_learning_rate", "finish_beta1",
-    "finish_beta2", "finish_warmup_steps", "finish_ema_decay",
+    "finish_beta2", "finish_warmup_steps", "finish_ema_decay", "lora_holds",
 ))  # fmt: skip
-# Teacher and student are known by their weights, wherever they lie; a recipe by what it sets.
+# Teacher, its LoRAs and student are known by their weights, wherever they lie; a recipe by what it sets.
 UNSAID = frozenset((
-    "teacher", "student", "revision", "download_teacher", "recipe", "output_dir", "resume_from_checkpoint",
+    "teacher", "teacher_lora", "student", "revision", "download_teacher", "recipe", "output_dir",
+    "resume_from_checkpoint",
 ))  # fmt: skip
 LEFT = (f"{PREFIX}*", "best", "log.jsonl", "validation.jsonl", "pipeline")  # what a run leaves in its folder
 
@@ -54,6 +56,25 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any], free: frozenset[str
             f"in another --output-dir."
         )
     return list(said.values())
+
+
+def check_weights(
+    config: Config, facts: Mapping[str, Any], teacher: str, teacher_loras: str | None, student: str | None
+) -> None:
+    """Raises ValueError where a run began with another teacher, teacher's LoRA or student, by their hashes."""
+    if facts.get("student_hash") != student:
+        raise ValueError(f"it began with another student than --student {config.student}: give its own")
+    if facts.get("teacher_loras") != teacher_loras:
+        raise ValueError(
+            f"it was begun with other LoRAs on its teacher, or at other weights, than --teacher-lora "
+            f"{' '.join(config.teacher_lora) or 'none'}: its own were "
+            f"{' '.join(facts['config'].get('teacher_lora', [])) or 'none'}"
+        )
+    if facts["teacher_hash"] != teacher:
+        raise ValueError(
+            f"its teacher has other weights (SHA-256 {facts['teacher_hash']}) than --teacher {config.teacher} "
+            f"({teacher}). Resume with its own teacher, or start anew in another --output-dir."
+        )
 
 
 @contextlib.contextmanager

@@ -36,12 +36,12 @@ from .checkpoints import (
 from .config import FINISH_SETTINGS, Config
 from .consistency import Consistency, plain_attention
 from .finishing import Finishing, finish_of
-from .identity import changes, weights_digest
+from .identity import changes, check_weights, weights_digest
 from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype, update_averages
 from .optimizers import build_optimizer
 from .processes import from_main
 from .sharding import OptimizerState, sharding_mesh
-from .sources import load_student
+from .sources import load_student, teacher_loras_digest
 from .stopping import StoppedError, StopRequest
 from .validation import Score, Validation
 
@@ -99,6 +99,7 @@ class Distillation:
         # A LoRA is one on the teacher as it is computed with; whole weights begin as the teacher's own.
         dtype = base_dtype(config) if config.lora else torch.float32
         self.teacher_hash = weights_digest(pipeline.unet.state_dict(), dtype)
+        self.teacher_loras = teacher_loras_digest(config)
         begun = load_student(config, pipeline)
         self.student_hash = weights_digest(begun, torch.float32) if begun else None
         self.networks = (
@@ -376,6 +377,7 @@ class Distillation:
             "best": self.best,
             "processes": accelerator.num_processes,
             "teacher_hash": self.teacher_hash,
+            "teacher_loras": self.teacher_loras,
             "student_hash": self.student_hash,
             "finishing": self.finishing,
         }
@@ -418,13 +420,7 @@ class Distillation:
                     f"{f'began at step {begun}' if finishing else 'cannot begin before step ' + str(facts['step'])}: "
                     "give that"
                 )
-            if facts.get("student_hash") != self.student_hash:
-                raise ValueError(f"it began with another student than --student {config.student}: give its own")
-            if facts["teacher_hash"] != self.teacher_hash:
-                raise ValueError(
-                    f"its teacher has other weights (SHA-256 {facts['teacher_hash']}) than --teacher {config.teacher} "
-                    f"({self.teacher_hash}). Resume with its own teacher, or start anew in another --output-dir."
-                )
+            check_weights(config, facts, self.teacher_hash, self.teacher_loras, self.student_hash)
             if finishing:
                 self.begin_finish()
             load_objects(self.objects, states, optional=("scaler",))

@@ -22,6 +22,7 @@ from splam_core import NoiseSchedule
 from ..data.latents import GROUP
 from ..models.architectures import ARCHITECTURES, Architecture
 from ..models.files import family_of_file
+from ..models.lora import named_with_weight
 from ..models.pipeline import DTYPES, Conditioning, Pipeline
 from ..models.sampling import guided_output
 from ..models.teachers import TEACHERS, resolve
@@ -250,6 +251,9 @@ def describe(config: Config, found: Plan) -> str:
     batch, many = config.train_batch_size, config.gradient_accumulation_steps
     images, finished = (steps * batch * many for steps in (config.max_train_steps, config.finish_steps))
     kind = f"LoRA of rank {config.lora_rank}" if config.lora else "full weights"
+    if config.lora_holds == "both":
+        kind += " that holds the teacher's, too"
+    teacher = " with ".join([config.teacher, *map(named_with_weight, config.teacher_lora)])
     held = [
         ("frozen UNet" if config.lora else "frozen teacher", found.frozen, str(base_dtype(config))[6:]),
         ("trained weights", found.trained, f"fp32, {found.trained_parameters / 1e6:.1f} M parameters"),
@@ -267,7 +271,7 @@ def describe(config: Config, found: Plan) -> str:
     }
     peaks = [(named[name], phase.bytes(batch), "") for name, phase in found.phases.items()]
     lines = [
-        f"{config.method.upper()} of {config.teacher}: {kind}, UNet of {found.unet_parameters / 1e6:.1f} M parameters",
+        f"{config.method.upper()} of {teacher}: {kind}, UNet of {found.unet_parameters / 1e6:.1f} M parameters",
         f"k={config.skip}, k_phi={config.solver_skip} ({config.solver}), w={config.guidance_scale:g}, "
         f"{config.loss_type}, gamma by {config.conditioning}, learning rate {config.learning_rate:g}, "
         f"mixed precision {config.mixed_precision}, "

@@ -15,7 +15,7 @@ from typing import Any
 from ..files import WRITE_ERRORS, shipped
 from ..models.files import ModelFiles, write_folder, write_single_file
 from ..models.load import read_teacher
-from ..models.lora import merged, save_lora
+from ..models.lora import file_and_weight, joined, merged, named_with_weight, save_lora, with_loras
 from ..models.pipeline import DTYPES, weights_hash
 from ..models.teachers import resolve
 from .checkpoints import explain_write_error
@@ -39,6 +39,8 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
     run.free()
     # The teacher once more, as its files have it: in memory it may have been rounded.
     teacher = read_teacher(resolve(config.teacher, config.revision))
+    both = joined(lora, scale, config.teacher_lora, teacher) if config.lora_holds == "both" else None
+    teacher = with_loras(teacher, config.teacher_lora)
     whole = {key: weight.float() for key, weight in teacher.unet.items()}
     digest = weights_hash(whole)
     model = replace(teacher, unet=merged(whole, lora, scale) if lora else state).few_step().cast(dtype)
@@ -54,12 +56,20 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
     }
     if config.finish != "none":
         metadata["splam.finish"] = config.finish
+    if config.teacher_lora:
+        metadata["splam.teacher_lora"] = ", ".join(map(named_with_weight, config.teacher_lora))
+        if lora:
+            metadata["splam.lora_holds"] = config.lora_holds
     result = {
         "steps": step,
         "samples": samples,
         "exported": role,
         **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
         "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
+        "LoRAs on the teacher": metadata.get("splam.teacher_lora"),
+        "the LoRA holds": {None: None, "speed": "speed alone", "both": "speed and the teacher's LoRAs"}[
+            metadata.get("splam.lora_holds")
+        ],
         "begun from": None if config.student is None else _named(config.student),
         "finish": _finish(config),
         "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
@@ -70,7 +80,8 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
     try:
         write_folder(model, folder)
         if lora:
-            save_lora(lora, file, model, scale, dtype, config.name, metadata)
+            held, scale = (lora, scale) if both is None else (both, 1.0)
+            save_lora(held, file, model, scale, dtype, config.name, metadata)
             base = "embedded-teacher" if config.teacher == "embedded" else metadata["splam.teacher"]
             workflow = save_workflow(config, model, out, base, file.name)
         else:
@@ -93,9 +104,10 @@ def save_card(
     shown = [f"| {key} | {value} |" for key, value in result.items() if value is not None]
     command = "python training/distill.py " + shlex.join(_without_paths(sys.argv[1:]))
     base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).expanduser().exists() else config.teacher
+    base = " with ".join(f"`{one}`" for one in (base, *map(named_with_weight, config.teacher_lora)))
     text = f"""# {config.name}
 
-A few-step model distilled from `{base}` with {_how(config)} ({"LoRA" if config.lora else "full weights"}).
+A few-step model distilled from {base} with {_how(config)} ({"LoRA" if config.lora else "full weights"}).
 Sample it with 2 to 4 steps of `LCMScheduler` (diffusers) or SPLAM Sampler (ComfyUI), guidance scale 1, no negative
 prompt.
 
@@ -135,34 +147,46 @@ def save_workflow(config: Config, model: ModelFiles, folder: Path, model_name: s
         where = "`models/loras/`" if lora_name else "`models/checkpoints/`"
         note["widgets_values"] = [f"## {config.name}\n\nPut `{lora_name or model_name}` into {where}, refresh, run."]
     if lora_name:
-        _insert_lora(graph, by_type["SPLAMLoader"], lora_name)
+        both = config.lora_holds == "both"
+        _insert_lora(graph, by_type["SPLAMLoader"], lora_name, 1.0, text_encoder=both)
+        for file, weight in map(file_and_weight, () if both else config.teacher_lora):
+            _insert_lora(graph, by_type["SPLAMLoader"], file.name, weight, text_encoder=True)
     file = folder / f"{config.name}.workflow.json"
     file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
     return file
 
 
-def _insert_lora(graph: dict, loader: dict, lora_name: str) -> None:
-    """A LoraLoaderModelOnly on the MODEL link of the loader."""
-    link = next(one for one in graph["links"] if one[1] == loader["id"] and one[5] == "MODEL")
-    node_id, link_id = graph["last_node_id"] + 1, graph["last_link_id"] + 1
-    node = {
+def _insert_lora(graph: dict, loader: dict, lora_name: str, weight: float, text_encoder: bool) -> None:
+    """Core's LoRA loader right behind the loader; text_encoder: on its CLIP, too."""
+    kinds = ("MODEL", "CLIP") if text_encoder else ("MODEL",)
+    node_type = "LoraLoader" if text_encoder else "LoraLoaderModelOnly"
+    node_id = graph["last_node_id"] + 1
+    node: dict = {
         "id": node_id,
-        "type": "LoraLoaderModelOnly",
-        "pos": [loader["pos"][0], loader["pos"][1] + 160],
-        "size": [320, 82],
+        "type": node_type,
+        "pos": [loader["pos"][0], loader["pos"][1] + 160 * (node_id - len(graph["nodes"]))],
+        "size": [320, 126],
         "flags": {},
         "order": 1,
         "mode": 0,
-        "inputs": [{"name": "model", "type": "MODEL", "link": link_id}],
-        "outputs": [{"name": "MODEL", "type": "MODEL", "slot_index": 0, "links": [link[0]]}],
-        "properties": {"Node name for S&R": "LoraLoaderModelOnly"},
-        "widgets_values": [lora_name, 1],
+        "inputs": [],
+        "outputs": [],
+        "properties": {"Node name for S&R": node_type},
+        "widgets_values": [lora_name, *[weight] * len(kinds)],
     }
-    loader["outputs"][0]["links"] = [link_id]
-    graph["links"].append([link_id, loader["id"], link[2], node_id, 0, "MODEL"])
-    link[1], link[2] = node_id, 0
+    for slot, kind in enumerate(kinds):
+        output = next(one for one in loader["outputs"] if one["name"] == kind)
+        for link in graph["links"]:
+            if link[0] in output["links"]:
+                link[1], link[2] = node_id, slot
+        graph["last_link_id"] += 1
+        link_id = graph["last_link_id"]
+        node["inputs"].append({"name": kind.lower(), "type": kind, "link": link_id})
+        node["outputs"].append({"name": kind, "type": kind, "slot_index": slot, "links": output["links"]})
+        graph["links"].append([link_id, loader["id"], output["slot_index"], node_id, slot, kind])
+        output["links"] = [link_id]
     graph["nodes"].append(node)
-    graph["last_node_id"], graph["last_link_id"] = node_id, link_id
+    graph["last_node_id"] = node_id
 
 
 def _how(config: Config) -> str:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 from ..models.files import read_model
 from ..models.load import load_pipeline
-from ..models.lora import is_lora, merged, read_lora
+from ..models.lora import file_and_weight, is_lora, lora_file, merged, read_lora
 from ..models.pipeline import Pipeline
 from ..models.teachers import resolve
+from .checkpoints import file_digest
 from .config import Config
 from .networks import base_dtype
 
 
 def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
-    """A LoRA's frozen UNet comes in its final type, so that a small device never holds it in fp32."""
+    """With its LoRAs. The frozen UNet of --lora comes in its final type: a small device never holds it in fp32."""
     dtype = base_dtype(config) if config.lora and str(device) != "cpu" else None
     return load_pipeline(
-        config.teacher, device, revision=config.revision, download=config.download_teacher, unet_dtype=dtype
+        config.teacher,
+        device,
+        revision=config.revision,
+        download=config.download_teacher,
+        unet_dtype=dtype,
+        loras=config.teacher_lora,
     )
+
+
+def teacher_loras_digest(config: Config) -> str | None:
+    """SHA-256 (16 digits of it) over the files and weights of --teacher-lora, wherever they lie; None without."""
+    found = [file_and_weight(text) for text in config.teacher_lora]
+    parts = sorted(f"{file_digest(lora_file(place) or place)} {weight!r}" for place, weight in found)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else None
 
 
 def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None:
