@@ -49,11 +49,11 @@ def read_source(
     if is_lora(place):
         if base is None:
             raise ValueError(f"{place} is a LoRA: name the model that it changes with --base")
-        model = read_model(resolve(base)).folded(embedded).few_step()
+        model = read_model(resolve(base)).folded(embedded, base).few_step()
         return replace(model, unet=merged(_float(model.unet), read_lora(place), name=str(place))), None, 1.0
     model = read_model(place)
     had_projection = any("cond_proj" in key for key in model.unet)
-    model = model.folded(embedded)
+    model = model.folded(embedded, str(place))
     if base is not None and not (model.vae and model.texts):
         model = model.with_parts_of(read_model(resolve(base)))
     return (model.few_step() if had_projection else model), None, 1.0
@@ -113,12 +113,14 @@ def export(options: argparse.Namespace) -> Path:
         if output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir()):
             raise ValueError(f"{output} exists and is no diffusers folder: name another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(model, output)
-        return output
-    _require_safetensors(output)
+    else:
+        _require_safetensors(output)
     try:
-        write_single_file(model, output, output.stem, _kept_metadata(options.source))
-    except ValueError as error:  # names that single files have no place for
+        if options.to == "diffusers":
+            write_folder(model, output)
+        else:
+            write_single_file(model, output, output.stem, _kept_metadata(options.source))
+    except ValueError as error:  # names that single files have no place for, and the like
         raise ValueError(f"{options.source}: {error}") from error
     return output
 

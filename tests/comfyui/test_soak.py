@@ -1,12 +1,15 @@
 """A server that works all day: mixed prompts, cancels and model switches. Its memory and its pictures stay."""
 
+import os
 import random
 import time
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from harness.graphs import custom, save_image, save_latent, stock, text_to_image
+from harness.graphs import custom, distil, save_image, save_latent, stock, text_to_image
 from harness.reliability import note
 from harness.server import ComfyServer, ServerError
 
@@ -14,6 +17,29 @@ pytestmark = pytest.mark.comfyui
 PROMPT = "a large red star above a small blue ring"
 MODELS = ("diffusers/plain", "diffusers/gamma", "diffusers/v", "embedded-student")
 CONTROL_EVERY = 25
+PROMPTS = int(os.environ.get("SOAK_PROMPTS", 500))
+LORA = "soak.safetensors"  # of the pipeline "plain"
+
+
+def write_lora(unet, file):
+    """A random LoRA of rank 4, under kohya's names, of a UNet's file of weights."""
+    torch.manual_seed(0)
+    lora = {}
+    for key, weight in load_file(unet).items():
+        if key.endswith(("to_q.weight", "to_v.weight")):
+            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+            lora[f"{name}.lora_down.weight"] = torch.randn(4, weight.shape[1]) / 30
+            lora[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 4) / 30
+    file.parent.mkdir(parents=True)
+    save_file(lora, file)
+
+
+def with_lora(graph, strength):
+    """The graph of "plain" with its LoRA."""
+    inputs = {"model": ["model", 0], "lora_name": LORA, "strength_model": strength, "strength_clip": 0.0}
+    graph["lora"] = {"class_type": "SPLAMLoraLoader", "inputs": inputs}
+    graph["sampled"]["inputs"]["model"] = ["lora", 0]
+    return graph
 
 
 def mixed(rng):
@@ -25,6 +51,8 @@ def mixed(rng):
         lambda: save_latent(custom(model, PROMPT, seed=seed, steps=steps)),
         lambda: save_latent(stock(model, PROMPT, seed=seed, steps=steps, cfg=1.0, sampler="splam", scheduler="splam")),
         lambda: save_latent(stock(model, PROMPT, seed=seed, steps=steps, cfg=4.0, sampler="euler")),
+        lambda: save_latent(with_lora(text_to_image(MODELS[0], PROMPT, seed=seed, steps=2), rng.random())),
+        lambda: distil(MODELS[0], prompts=PROMPT, seed=seed, steps=rng.randrange(1, 30), autosave_every=5),
         lambda: text_to_image(model, PROMPT, steps=0) | {"saved": {"class_type": "SaveLatent", "inputs": {}}},
     ))()  # fmt: skip
 
@@ -34,8 +62,9 @@ def soaked(server, count, seed):
     rng, process, after, pictures = random.Random(seed), psutil.Process(server.process.pid), 0, set()
     for number in range(count):
         try:
-            prompt = server.queue(mixed(rng))
-            if rng.random() < 0.2:
+            graph = mixed(rng)
+            prompt = server.queue(graph)
+            if rng.random() < (0.8 if "distil" in graph else 0.2):
                 time.sleep(rng.random())
                 server.post("/interrupt", {})
             server.wait(prompt)
@@ -55,9 +84,13 @@ def soaked(server, count, seed):
 def test_five_hundred_prompts(comfyui, pipelines, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "diffusers").symlink_to(pipelines.folder, target_is_directory=True)
+    write_lora(next((pipelines.folder / "plain" / "unet").glob("*.safetensors")), tmp_path / "models" / "loras" / LORA)
     with ComfyServer(comfyui, tmp_path) as server:
-        growth, same = soaked(server, 500, 0)
+        growth, same = soaked(server, PROMPTS, 0)
         version = server.get("/system_stats")["system"].get("comfyui_version", "of no version")
-    figures = {"soak_prompts": 500, "server_deaths": 0, "memory_growth": round(growth, 4)}
-    note(f"soak: ComfyUI {version}", {**figures, "control_pictures": 20, "control_pictures_identical": same})
+    figures = {"soak_prompts": PROMPTS, "server_deaths": 0, "memory_growth": round(growth, 4)}
+    note(
+        f"soak: ComfyUI {version}",
+        {**figures, "control_pictures": -(-PROMPTS // CONTROL_EVERY), "control_pictures_identical": same},
+    )
     assert growth < 0.05 and same

@@ -25,14 +25,16 @@ MEMORY = 4 * 2**30  # bytes that reading small files may take
 SHORT, LONG = range(8), range(10_000, 10_720)
 # Seeds that found something, and what reads the file then.
 FOUND = {
-    "teacher folder": (10, 14, 22),
+    "teacher folder": (10, 14, 22, 10124, 10210),
     "teacher file": (15, 19, 31),
     "teacher in shards": (2, 6, 14, 18, 24),
-    "LoRA of peft": (4, 10006),
-    "export of a folder": (16, 17, 20, 10030),
+    "LoRA of peft": (4, 10006, 10684),
+    "export of a folder": (16, 17, 20, 10030, 10120, 10127),
     "export of a LoRA": (1, 30),
     "checkpoint": (48,),
     "results": (42,),
+    "statistics": (10042,),
+    "captions": (10143, 10145, 10320),
     "prepared set": (11, 13, 14, 15, 17, 20, 24, 37, 10015, 10105, 10530),
     "conversion of a file": (2, 50),
     "conversion of shards on a base": (4,),

@@ -1,5 +1,6 @@
 """SIGKILL at any moment, within writes too: what comes after is to the bit what it would have been."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -79,8 +80,11 @@ def losses(folder):
 
 
 def contents(folder, *patterns):
-    found = [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(found)}
+    found = {}
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # one being made has moved
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
 
 
 def killed_trainings(start, teacher, folder, mode, kills, rng):

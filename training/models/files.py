@@ -74,7 +74,10 @@ class ModelFiles:
     @property
     def resolution(self) -> int:
         """The side of its pictures, in pixels."""
-        levels = len(self.configs.get("vae", ARCHITECTURES[self.family].vae)["block_out_channels"])
+        widths = self.configs.get("vae", ARCHITECTURES[self.family].vae).get("block_out_channels")
+        if not isinstance(widths, (list, tuple)):
+            raise ValueError(f"its VAE's config.json says {widths!r:.40} for block_out_channels, expected a list")
+        levels = len(widths)
         return (self.configs["unet"].get("sample_size") or 64) * 2 ** (levels - 1)
 
     def cast(self, dtype: torch.dtype) -> ModelFiles:
@@ -83,9 +86,16 @@ class ModelFiles:
 
         return replace(self, unet=one(self.unet), vae=one(self.vae), texts=[one(text) for text in self.texts])
 
-    def folded(self, embedded: str | float) -> ModelFiles:
-        """Without cond_proj, its constant at gamma = 1 (or at an LCM's guidance) in a bias; see `fold_gamma`."""
-        unet, found = fold_gamma(self.unet, embedded)
+    def folded(self, embedded: str | float, name: str = "the model") -> ModelFiles:
+        """Without cond_proj, its constant at gamma = 1 (or at an LCM's guidance) in a bias; see `fold_gamma`.
+
+        Raises ValueError, as `fold_gamma` and for weights that do not fit together. name: of what errors speak.
+        """
+        with reading(name):
+            try:
+                unet, found = fold_gamma(self.unet, embedded)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         if not found:
             return self
         return replace(self, unet=unet, configs=self._with("unet", {"time_cond_proj_dim": None}))

@@ -56,7 +56,7 @@ def load_pipeline(
 
 def read_teacher(place: Path, embedded: str | float = "splam") -> ModelFiles:
     """The files of a model with all its parts, folded; a UNet folder has the embedded pipeline's other parts."""
-    model = read_model(place).folded(embedded)
+    model = read_model(place).folded(embedded, str(place))
     if place.is_dir() and not model.vae and not model.texts:
         return model.with_parts_of(read_model(EMBEDDED))
     wanted = 2 if model.family == "sdxl" else 1
@@ -74,9 +74,10 @@ def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: 
     """
     channels = model.configs["unet"].get("in_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
+        kind = _KINDS.get(channels, "") if isinstance(channels, int) else ""
         raise ValueError(
-            f"{name}: its UNet reads {channels} channels{_KINDS.get(channels, '')}, expected the {LATENT_CHANNELS} of "
-            f"latents: SPLAM makes few-step text-to-image models. Choose such a model."
+            f"{name}: its UNet reads {channels!r:.40} channels{kind}, expected the {LATENT_CHANNELS} of latents: "
+            f"SPLAM makes few-step text-to-image models. Choose such a model."
         )
     weights = [model.unet, model.vae, *model.texts]
     networks = {

@@ -23,6 +23,7 @@ from splam_core import (
     read_metadata,
     reading,
     save_file,
+    shortened,
 )
 from splam_core.keys import unet_pairs
 
@@ -81,7 +82,7 @@ def read_whole_lora(path: Path) -> StateDict:
             plain = {key: weight for key, weight in lora.items() if "lora_magnitude_vector" not in key}
             found = lora_to_kohya(plain, adapters=adapters) | {f"{key}.magnitude": norm for key, norm in norms.items()}
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{file}: {shortened(str(error), 2000)}") from error
     if not found or (bad := not_finite(found)) is not None:
         fault = f"{bad} holds NaN or infinity" if found else "it is empty"
         raise ValueError(f"{file}: {fault}; expected a LoRA's weights. Fetch the file again, or take another.")

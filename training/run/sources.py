@@ -53,7 +53,7 @@ def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None
             f"--student {config.student} is a whole model, and a --lora goes on from a LoRA: leave --lora away, or "
             f"make one of it with training/export.py --to lora --base {config.teacher}."
         )
-    model = read_model(place).folded("splam")
+    model = read_model(place).folded("splam", str(place))
     own = pipeline.unet.state_dict()
     different = [key for key in own.keys() | model.unet.keys() if _shape(own, key) != _shape(model.unet, key)]
     if different:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +140,7 @@ class ReferenceSet:
             with np.load(file, allow_pickle=False) as arrays:
                 features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
                 return cls(arrays["mu"], arrays["sigma"], features)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        except (*(KeyError, ValueError, OSError, EOFError, RuntimeError), zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{file}: expected an .npz file with the arrays mu and sigma, found: {error}") from error
 
     def save(self, file: Path) -> None:

@@ -68,7 +68,7 @@ def read_captions(file: Path) -> list[str]:
     text = read_text(file)
     try:
         captions = _from_json(json.loads(text)) if file.suffix.lower() == ".json" else text.split("\n")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file}: expected a JSON list of captions, or COCO's annotations with 'id', 'image_id' and 'caption', "
             f"found {type(error).__name__}: {error}"
@@ -86,6 +86,8 @@ def _from_json(content: list | dict) -> list[str]:
         return content
     first: dict[int, str] = {}
     for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+        if not isinstance(entry["caption"], str):
+            raise ValueError(f"a caption that is not text: {entry['caption']!r:.40}")
         first.setdefault(entry["image_id"], entry["caption"])
     pictures = sorted(first)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(SUBSET_SEED))
