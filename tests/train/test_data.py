@@ -466,6 +466,17 @@ def test_latents_that_are_not_finite_are_skipped(pipeline):
     assert isinstance(skip, Skip) and "latents not finite" in skip.reason
 
 
+def test_latents_without_variance_are_skipped(pipeline):
+    """No picture's are: a grey one's differ by channel and at its edge. Its VAE has failed."""
+    broken = SimpleNamespace(encode=pipeline.encode, latents=lambda images: torch.zeros(len(images), 4, 16, 16))
+    grey = np.full((128, 128, 3), 128, np.uint8)
+    record = Record("a", "b", lambda: grey)
+    [skip] = Encoder(broken)([record], [(128, 128)])
+    assert isinstance(skip, Skip) and "latents are 0 everywhere" in skip.reason
+    [sample] = Encoder(pipeline)([record], [(128, 128)])
+    assert not isinstance(sample, Skip)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -542,3 +553,57 @@ def test_the_shipped_prompts_are_varied_and_what_the_script_composes():
     assert lines == compose() and 2000 <= len(lines) == len(set(lines))
     words = Counter(word for line in lines for word in set(line.split()))
     assert len(words) > 1000 and all(3 <= len(line.split()) <= 40 for line in lines)
+
+
+# One item in twenty is broken; and there are some that look odd and are not.
+
+
+def odd_items(count=120):
+    """(name -> (its files by ending, in order), the names of the broken ones): `count` pictures with captions."""
+    small = noise_picture(0, (32, 32))
+    items = {f"{number:03d}": [("png", encoded(small)), ("txt", b"a fox")] for number in range(count)}
+    wide, deep = Image.new("RGB", (20_000, 64), "red"), Image.fromarray(np.full((32, 32), 40_000, np.uint16))
+    moving = io.BytesIO()
+    small.save(moving, "GIF", save_all=True, append_images=[noise_picture(1, (32, 32))])
+    items["010"][0] = ("jpg", encoded(small.convert("CMYK"), "JPEG"))
+    items["020"][0] = ("png", encoded(deep))
+    items["030"][0] = ("gif", moving.getvalue())
+    items["040"][0] = ("png", encoded(wide))
+    jpeg = encoded(small, "JPEG")
+    items["011"][0] = ("jpg", jpeg[: len(jpeg) // 2])
+    items["022"][0] = ("png", b"")
+    items["033"] = items["033"][:1]
+    items["044"][1] = ("txt", b"y" * 5_000_000)
+    items["055"][1] = ("txt", b"\x89PNG\xff\xfe" * 9)
+    items["066"].insert(1, ("png", encoded(noise_picture(2, (32, 32)))))
+    return items, {"011", "022", "033", "044", "055", "066"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_one_broken_item_in_twenty_is_named_and_counted_and_training_goes_on(
+    kind, pipeline, options, small, tiny_pipeline, tmp_path, capfd
+):
+    items, broken = odd_items()
+    data = tmp_path / "data"
+    data.mkdir()
+    if kind == "folder":
+        broken = broken - {"066"}  # a folder holds a name once
+        for name, files in items.items():
+            for ending, content in files:
+                (data / f"{name}.{ending}").write_bytes(content)
+    else:
+        names = list(items)
+        for number, part in enumerate((names[:50], names[50:])):
+            with tarfile.open(data / f"{number}.tar", "w") as archive:
+                for name in part:
+                    for ending, content in items[name]:
+                        member = tarfile.TarInfo(f"{name}.{ending}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+    found = open_data(str(data), pipeline, options(resolution=64), 4, 0)
+    found.batch(range(len(items)))
+    assert {skip.name.rpartition("/")[2].partition(".")[0] for skip in found.skipped} == broken
+    assert f"{len(broken)} skipped" in found.describe() and all(skip.reason for skip in found.skipped)
+    small(tiny_pipeline, tmp_path / "run", 2, "--data", data, "--resolution", 64)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    assert "skipped" in "".join(capfd.readouterr())

@@ -439,16 +439,21 @@ def test_a_unet_that_reads_more_than_latents_is_refused(tiny_pipeline, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("part", "key"),
-    [("unet", "mid_block.resnets.0.conv1.weight"), ("vae", "decoder.conv_in.bias"), ("text_encoder", "final_layer")],
+    ("part", "key", "value"),
+    [
+        ("unet", "mid_block.resnets.0.conv1.weight", float("nan")),
+        ("unet", "conv_out.bias", float("-inf")),
+        ("vae", "decoder.conv_in.bias", float("nan")),
+        ("text_encoder", "final_layer", float("inf")),
+    ],
 )
-def test_a_nan_is_named_before_training(tiny_pipeline, tmp_path, part, key):
+def test_a_nan_is_named_before_training(tiny_pipeline, tmp_path, part, key, value):
     folder = tmp_path / "model"
     shutil.copytree(tiny_pipeline, folder)
     (file,) = (folder / part).glob("*.safetensors")
     weights = load_file(file)
     key = next(name for name in weights if key in name)
-    weights[key].view(-1)[3] = float("nan")
+    weights[key].view(-1)[3] = value
     save_file(weights, file)
     with pytest.raises(ValueError, match=rf"{part}: .*{re.escape(key.removeprefix('text_model.'))} holds NaN"):
         load_pipeline(folder)

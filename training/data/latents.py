@@ -115,7 +115,12 @@ class Encoder:
             for key, value in sample.items()
         }
         bad = [key for key, value in kept.items() if not value.isfinite().all()]
-        return Skip(name, f"{' and '.join(bad)} not finite in {self.dtype}") if bad else kept
+        if bad:
+            return Skip(name, f"{' and '.join(bad)} not finite in {self.dtype}")
+        first = kept["latents"].view(-1)[0]
+        if (kept["latents"] == first).all():
+            return Skip(name, f"its latents are {first:g} everywhere, which no picture's are: the VAE failed")
+        return kept
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,11 +293,16 @@ def _samples(
     """webdataset's convention: neighbours that share the name up to the first dot are one sample."""
     groups = itertools.groupby(_until_broken(tar, files), lambda file: _key(file[0]))
     for key, group in groups:
-        fields = {_field(name): content for name, content in group}
+        members = [(_field(name), content) for name, content in group]
+        fields = dict(members)
         if None in fields:  # the tar broke off here
             yield fields[None]()
             continue
         name, told = f"{tar}/{key}", {}
+        if len(fields) < len(members):
+            twice = sorted({field for field, count in Counter(field for field, _ in members).items() if count > 1})
+            yield Skip(name, f"several files of that name: .{', .'.join(twice)}")
+            continue
         try:
             if "json" in fields:
                 told |= json.loads(fields.pop("json")().read())
