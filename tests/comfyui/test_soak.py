@@ -58,8 +58,9 @@ def mixed(rng):
 
 
 def soaked(server, count, seed):
-    """(growth of the server's memory since a tenth of the prompts, whether the control pictures were one)."""
+    """(growth since a tenth of the prompts, whether the control pictures were one, MB of memory at each of them)."""
     rng, process, after, pictures = random.Random(seed), psutil.Process(server.process.pid), 0, set()
+    course = []
     for number in range(count):
         try:
             graph = mixed(rng)
@@ -74,9 +75,10 @@ def soaked(server, count, seed):
             control = save_image(text_to_image("diffusers/plain", PROMPT, seed=4, steps=2))
             server.run(save_latent(text_to_image("diffusers/plain", PROMPT, seed=number, steps=1)))  # not its cache
             pictures.update(server.files(server.run(control)))
+            course.append(process.memory_info().rss // 10**6)
         if number == count // 10:
             after = process.memory_info().rss
-    return process.memory_info().rss / after - 1, len(pictures) == 1
+    return process.memory_info().rss / after - 1, len(pictures) == 1, course
 
 
 @pytest.mark.long
@@ -86,9 +88,9 @@ def test_five_hundred_prompts(comfyui, pipelines, tmp_path):
     (tmp_path / "models" / "diffusers").symlink_to(pipelines.folder, target_is_directory=True)
     write_lora(next((pipelines.folder / "plain" / "unet").glob("*.safetensors")), tmp_path / "models" / "loras" / LORA)
     with ComfyServer(comfyui, tmp_path) as server:
-        growth, same = soaked(server, PROMPTS, 0)
+        growth, same, course = soaked(server, PROMPTS, 0)
         version = server.get("/system_stats")["system"].get("comfyui_version", "of no version")
-    figures = {"soak_prompts": PROMPTS, "server_deaths": 0, "memory_growth": round(growth, 4)}
+    figures = {"soak_prompts": PROMPTS, "server_deaths": 0, "memory_growth": round(growth, 4), "memory_mb": course}
     note(
         f"soak: ComfyUI {version}",
         {**figures, "control_pictures": -(-PROMPTS // CONTROL_EVERY), "control_pictures_identical": same},
