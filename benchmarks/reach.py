@@ -36,9 +36,10 @@ from harness.reference import (
     write_pipeline,
 )
 from harness.server import ComfyServer
+from splam_core import Denoiser, few_step_timesteps, renoise_generator, sample
 from splam_core.nag import Nag, normalized_attention
 from training.models.load import load_pipeline
-from training.models.sampling import generate
+from training.models.sampling import generate, guided_output
 from training.models.teachers import ASSETS
 from training.scenes.judge import load_judge, shows
 from training.scenes.shapes import SHAPES, Caption, Placed, Thing
@@ -221,30 +222,56 @@ def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, 
 
 @torch.no_grad()
 def variety(seeds: int) -> dict[str, float]:
-    """How far pictures of one prompt lie apart over seeds, of the student (4 steps) and its teacher (DDIM, 20, w 3).
+    """How far pictures of one prompt lie apart over seeds: of the student (4 steps), of its teacher (DDIM, 20, w 3),
+    and of the student after a first step by the teacher at w 3 (`teacher_first`).
 
     Means over pairs of one prompt's pictures and over the eight prompts, which leave the colour open: `spread` of
     pixels averaged to 32x32 (root mean square, in [-1, 1]), `spread_features` of the judge's pooled features, and
-    `spread_colours`, the share of pairs in which it sees different colours.
+    `spread_colours`, the share of pairs in which it sees different colours. `spread_accuracy`: pictures with one object
+    of the prompt's size and shape.
     """
+    teacher, student = (load_pipeline(f"embedded-{name}", torch.device("cpu")) for name in ("teacher", "student"))
+
+    def teacher_first(prompts: list[str], numbers: list[int]) -> torch.Tensor:
+        known, nothing, schedule = student.encode(prompts), student.unconditional(), student.schedule
+        grid, generators = few_step_timesteps(STEPS), [renoise_generator(number) for number in numbers]
+        denoiser = Denoiser(schedule, student.prediction_type)
+
+        def denoise(x, t):
+            who, w = (teacher, 3.0) if int(t[0]) == int(grid[0]) else (student, 1.0)
+            return denoiser(lambda x, t, _: guided_output(who, x, t, known, nothing, w), x, None, None, t)
+
+        def noise(x, _):
+            return torch.stack([torch.randn(x.shape[1:], generator=one) for one in generators])
+
+        begun = [torch.randn(student.latent_shape, generator=torch.Generator().manual_seed(n)) for n in numbers]
+        return sample(denoise, torch.stack(begun), grid, schedule, noise)
+
+    draws = {
+        "teacher": lambda *of: generate(teacher, *of, "ddim", 20, 3.0, seeds),
+        "student": lambda *of: generate(student, *of, "splam", STEPS, 1.0, seeds),
+        "teacher_first": teacher_first,
+    }
     judge, found = load_judge(ASSETS / "judge.safetensors"), {}
-    for name, call in (("teacher", ("ddim", 20, 3.0)), ("student", ("splam", STEPS, 1.0))):
-        pipeline = load_pipeline(f"embedded-{name}", torch.device("cpu"))
-        pixels, deep, colours = [], [], []
+    for name, draw in draws.items():
+        pixels, deep, colours, right = [], [], [], []
         for shape in SHAPES:
-            latents = generate(pipeline, [f"a {SIZE} {shape}"] * seeds, list(range(seeds)), *call, seeds)
-            pictures = pipeline.decode(latents).clamp(-1, 1).float()
+            latents = draw([f"a {SIZE} {shape}"] * seeds, list(range(seeds)))
+            pictures = student.decode(latents).clamp(-1, 1).float()
             pairs = torch.triu_indices(seeds, seeds, 1)
             for space, distances in ((coarse(pictures), pixels), (features(judge, pictures), deep)):
                 apart = (space[pairs[0]] - space[pairs[1]]).square().mean(dim=1).sqrt()
                 distances.append(apart.mean().item())
-            seen = [placed[0].thing.colour if placed else None for placed in judge.detect(pictures)]
+            detected = judge.detect(pictures)
+            right += [[(one.thing.size, one.thing.shape) for one in placed] == [(SIZE, shape)] for placed in detected]
+            seen = [placed[0].thing.colour if placed else None for placed in detected]
             differ = [seen[a] != seen[b] for a, b in pairs.T.tolist()]
             colours.append(sum(differ) / len(differ))
         found |= {
             f"spread_{name}": sum(pixels) / len(pixels),
             f"spread_features_{name}": sum(deep) / len(deep),
             f"spread_colours_{name}": sum(colours) / len(colours),
+            f"spread_accuracy_{name}": sum(right) / len(right),
         }
     return found
 
