@@ -1,9 +1,12 @@
 """SPLAM Distil: the checkpoint on the canvas becomes a LoRA of two to four steps."""
 
+from typing import Any
+
 import comfy.sd
 import torch
 from comfy_api.latest import io
 
+from ..splam_core.finish import LORA_FINISH, Finish
 from ..splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
 from .distilling.host import NAME, HostUNet, Told
@@ -44,7 +47,13 @@ class SPLAMDistil(io.ComfyNode):
                         "4250 varied prompts that come with this pack."
                     ),
                 ),
-                io.Int.Input("steps", default=1000, min=1, max=100000, tooltip="Optimizer steps; a few hundred show."),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=0,
+                    max=100000,
+                    tooltip="Optimizer steps; a few hundred show. 0: finish_steps alone, on existing_lora.",
+                ),
                 io.Int.Input("rank", default=64, min=1, max=512, tooltip="Of the LoRA. Lower needs less memory."),
                 io.Int.Input(
                     "resolution",
@@ -153,6 +162,19 @@ class SPLAMDistil(io.ComfyNode):
                     optional=True,
                     tooltip="Encoded pictures to learn from, one for each conditioning; none: the teacher draws.",
                 ),
+                advanced(
+                    io.Int.Input(
+                        "finish_steps",
+                        default=0,
+                        min=0,
+                        max=100000,
+                        optional=True,
+                        tooltip=(
+                            "Steps of distribution matching after the others, which lead the student's pictures to the "
+                            "teacher's; about a tenth of steps. 0: none."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with its new LoRA, ready for SPLAM Sampler at 2 to 4 steps."),
@@ -190,12 +212,14 @@ class SPLAMDistil(io.ComfyNode):
         vae: list[Vae] | None = None,
         positive: list[Conditioning] | None = None,
         latents: list[Latent] | None = None,
+        finish_steps: list[int] | None = None,
     ) -> io.NodeOutput:
         check_choice(NAME, "recipe", recipe[0], RECIPES)
         # The paper's way of telling gamma needs a weight that no host's UNet has; the other one needs none.
         chosen = {**RECIPES[recipe[0]], "gamma_conditioning": "noise-level", "guidance_scale": guidance[0]}
         settings = Settings(
             recipe=Recipe(**chosen),
+            finish=_finish(finish_steps[0] if finish_steps else 0, learning_rate[0]),
             steps=steps[0],
             rank=rank[0],
             batch_size=batch_size[0],
@@ -208,6 +232,8 @@ class SPLAMDistil(io.ComfyNode):
             raise ValueError(
                 f"{NAME}: resolution must be a multiple of 8, got {resolution[0]}. Use {below} or {below + 8}."
             )
+        if not steps[0] and not settings.finish:
+            raise ValueError(f"{NAME}: steps and finish_steps are both 0. Set one of them.")
         reader, decoder = (one[0] if one else None for one in (clip, vae))
         # The host runs nodes in inference mode, whose tensors cannot be differentiated.
         with torch.inference_mode(False), torch.no_grad():
@@ -223,11 +249,16 @@ class SPLAMDistil(io.ComfyNode):
                 start = [float(one.sum()) for one in begun.values()]
                 said = None if positive else read_prompts(prompts[0])
                 identity = run.identity(said, resolution[0], existing_lora[0], start, samples.identity())
-                facts = metadata(run, f"SPLAM LoRA, {identity}", _family(host), cls.hidden.prompt)
-                autosave = Autosave(identity, facts)
-                autosave.go_on(run)
-                work = Work(run, autosave, decoder, samples.shape, preview_every[0], autosave_every[0])
-                role = work.finish()
+                method, finish = (
+                    Autosave(one, metadata(run, f"SPLAM LoRA, {one}", _family(host), cls.hidden.prompt))
+                    if one
+                    else None
+                    for one in (identity, run.finish_identity(identity))
+                )
+                assert method is not None
+                work = Work(run, method, finish, decoder, samples.shape, preview_every[0], autosave_every[0])
+                work.go_on()
+                role = work.all_steps()
                 lora = as_lora(run.adapters, role)
                 picture = to_tensor(work.picture(role))
                 losses = {"loss": list(run.losses)}
@@ -297,6 +328,14 @@ def _check_latents(host: HostUNet, latents: list[torch.Tensor]) -> None:
                 f"{NAME}: a latent of shape {tuple(one.shape)} does not fit, or is not finite; this MODEL's are "
                 f"[{host.channels}, h, w]. Encode the pictures with the VAE of this checkpoint."
             )
+
+
+def _finish(steps: int, learning_rate: float) -> Finish | None:
+    """As of training/distill.py --lora; its rates in proportion to the method's."""
+    if not steps:
+        return None
+    rates: dict[str, Any] = {name: rate * learning_rate / LORA_LEARNING_RATE for name, rate in LORA_FINISH.items()}
+    return Finish(finish="distribution-matching", finish_steps=steps, **rates)
 
 
 def _family(host: HostUNet) -> str:

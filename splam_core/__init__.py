@@ -21,6 +21,7 @@ from .checkpoint import (
 from .denoiser import Denoiser, boundary_scalings, predict_epsilon, predict_x0
 from .descent import LossWatch, ema_update, learning_rate_share, release_decay_at
 from .draws import decisions, draw_timesteps, draws, sample_gamma
+from .finish import Finish
 from .gamma import (
     authors_embedding,
     fold,
@@ -44,6 +45,7 @@ __all__ = [
     "Denoiser",
     "DirectLinking",
     "DistributionMatching",
+    "Finish",
     "LossWatch",
     "MatchingDraws",
     "NoiseSchedule",

@@ -40,17 +40,14 @@ class LoraAdapters:
     """The LoRAs of one network: the student's, which learns, its average the target, and a slower one, the release.
 
     weights: role -> {"<layer>.lora_A.weight" or "<layer>.lora_B.weight": fp32}; alpha is the rank. While `attached`,
-    the network is that of `role`, "teacher" being the network without any.
+    the network is that of `role`, "teacher" being the network without any. A finish has two more, and no release: the
+    fake network's, which learns too, and "start", the student that it began with.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], rank: int, seed: int, device: torch.device | str = "cpu"):
         """layers: linear and 2D convolutional ones by their diffusers' names."""
-        self.layers, self.rank, self.role = dict(layers), rank, "student"
-        start: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            down, up = _shapes(layer, rank)
-            start[f"{name}.lora_A.weight"] = lora_start(seed, name, down)
-            start[f"{name}.lora_B.weight"] = torch.zeros(up)
+        self.layers, self.rank, self.role, self.seed = dict(layers), rank, "student", seed
+        start = self._start(seed)
         # The release average is asked for at the end alone, and waits in main memory.
         self.weights = {
             role: {key: weight.to("cpu" if role == "release" else device, copy=True) for key, weight in start.items()}
@@ -59,8 +56,35 @@ class LoraAdapters:
         for weight in self.weights["student"].values():
             weight.requires_grad_(True)
 
-    def trainable(self) -> list[Tensor]:
-        return list(self.weights["student"].values())
+    def _start(self, seed: int) -> dict[str, Tensor]:
+        """A LoRA that changes nothing, on the CPU."""
+        start: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            down, up = _shapes(layer, self.rank)
+            start[f"{name}.lora_A.weight"] = lora_start(seed, name, down)
+            start[f"{name}.lora_B.weight"] = torch.zeros(up)
+        return start
+
+    def trainable(self, role: str = "student") -> list[Tensor]:
+        return list(self.weights[role].values())
+
+    @torch.no_grad()
+    def begin_finish(self, release: bool, anchored: bool) -> None:
+        """Student and target go on from the release average, or else the target; the fake LoRA changes nothing.
+
+        anchored: "start" is kept, too.
+        """
+        better = self.weights["release" if release else "target"]
+        for role in ("target", "student"):
+            for key, weight in self.weights[role].items():
+                weight.copy_(better[key])
+        del self.weights["release"]
+        like = self.weights["target"]
+        self.weights["fake"] = {
+            key: weight.to(like[key].device).requires_grad_(True) for key, weight in self._start(self.seed + 1).items()
+        }
+        if anchored:
+            self.weights["start"] = {key: weight.clone() for key, weight in like.items()}
 
     @torch.no_grad()
     def load(self, role: str, weights: Mapping[str, Tensor]) -> None:

@@ -37,7 +37,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with what `training.flags` makes a flag of."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -48,28 +49,28 @@ class Recipe:
     Raises ValueError, in the words of the command line's flags, for settings that do not go together.
     """
 
-    method: str = _setting(
+    method: str = setting(
         "splam", "SLAD (eq. 17), latent consistency (eq. 7) or Direct Linking (eq. 27)", ("splam", "lcm", "dl")
     )
-    guidance_scale: float = _setting(3.0, "w of eq. 18: eps = w*cond + (1-w)*uncond, so that 1 is no guidance")
-    skip: int = _setting(150, "k: timesteps that one sub-path spans")
-    solver: str = _setting("dpm-solver++", "the teacher's; dpm-solver++ is of second order, ddim the paper's", SOLVERS)
-    solver_skip: int = _setting(
+    guidance_scale: float = setting(3.0, "w of eq. 18: eps = w*cond + (1-w)*uncond, so that 1 is no guidance")
+    skip: int = setting(150, "k: timesteps that one sub-path spans")
+    solver: str = setting("dpm-solver++", "the teacher's; dpm-solver++ is of second order, ddim the paper's", SOLVERS)
+    solver_skip: int = setting(
         50, "k_phi: timesteps of a teacher step, of which k/k_phi make the Multiple Estimation; if only k is set, less"
     )
-    gamma_conditioning: str = _setting("noise-level", "how the student is told gamma", ("embedding", "noise-level"))
-    gamma_bandwidth: float = _setting(1000.0, "of the gamma embedding; 10000 is the authors'")
-    gamma_one_probability: float = _setting(
+    gamma_conditioning: str = setting("noise-level", "how the student is told gamma", ("embedding", "noise-level"))
+    gamma_bandwidth: float = setting(1000.0, "of the gamma embedding; 10000 is the authors'")
+    gamma_one_probability: float = setting(
         0.75, "share of draws at exactly gamma = 1, the point that sampling uses; 0 is the paper's"
     )
-    timestep_power: float = _setting(
+    timestep_power: float = setting(
         0.5, "timesteps are drawn in proportion to t to this power: few steps are made high up; 0 is the paper's"
     )
-    sigma_level: str = _setting("linear", "noise level inside a sub-path", ("linear", "independent"))
-    loss_type: str = _setting("huber", "pseudo-Huber or squared error", ("huber", "l2"))
-    huber_c: float = _setting(1e-3, "where pseudo-Huber turns from quadratic to linear")
-    ema_decay: float = _setting(0.95, "of the target network")
-    release_decay: float = _setting(
+    sigma_level: str = setting("linear", "noise level inside a sub-path", ("linear", "independent"))
+    loss_type: str = setting("huber", "pseudo-Huber or squared error", ("huber", "l2"))
+    huber_c: float = setting(1e-3, "where pseudo-Huber turns from quadratic to linear")
+    ema_decay: float = setting(0.95, "of the target network")
+    release_decay: float = setting(
         0.99, "of a slower average, which is exported if it scores better than the target; 0 for none"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import folder_paths
@@ -121,7 +121,7 @@ class Autosave:
 
 def metadata(run: Run, title: str, family: str, graph: object) -> dict[str, str]:
     """Of the LoRA's file: what A1111 and kohya's tools read, and the graph that was queued."""
-    settings = {**vars(run.settings), "recipe": vars(run.settings.recipe)}
+    settings = {name: vars(one) if is_dataclass(one) else one for name, one in vars(run.settings).items()}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,

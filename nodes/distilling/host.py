@@ -84,10 +84,10 @@ class HostUNet:
             key: [[float(one[0]), str(type(one[1]).__name__)] for one in parts]
             for key, parts in self.patcher.patches.items()
         }
-        values = {}
+        values, backup = {}, self.patcher.backup
         for key, weight in self.base.state_dict().items():
-            if key in self.patcher.backup or key in patches:
-                continue  # the host may or may not have patched it yet
+            if key in backup:  # the host has a LoRA in it now, perhaps of another MODEL of these weights
+                weight = backup[key].weight
             values[key] = [list(weight.shape), weight.flatten()[:8].to(torch.bfloat16).float().tolist()]
         return digest(values, patches, self.prediction_type, float(self.schedule.alphas_cumprod.sum()))
 

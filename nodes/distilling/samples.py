@@ -91,11 +91,18 @@ class Samples:
             self.told[number] = self.tell(number)
         return self.told[number]
 
-    def batch(self, numbers: Sequence[int]) -> tuple[torch.Tensor, list[Told]]:
-        """Latents [B, C, h, w] and what the UNet is told; those to be drawn must have been."""
+    def told_of(self, numbers: Sequence[int]) -> list[Told]:
+        """What the UNet is told of these samples."""
+        return [self.of(number) for number in numbers]
+
+    def size(self, number: int) -> tuple[int, ...]:
+        """(C, h, w) of a sample."""
+        return self.shape if self.given is None else tuple(self.given[number].shape)
+
+    def latents(self, numbers: Sequence[int]) -> torch.Tensor:
+        """[B, C, h, w], fp32; those to be drawn must have been."""
         source = self.drawn if self.given is None else self.given
-        latents = torch.stack([source[number] for number in numbers])
-        return latents.float().to(self.host.device), [self.of(number) for number in numbers]
+        return torch.stack([source[number] for number in numbers]).float().to(self.host.device)
 
 
 def _noise(number: int, shape: tuple[int, int, int]) -> torch.Tensor:

@@ -60,7 +60,8 @@ def made(server):
     return before, with_lora, losses(server)
 
 
-def test_the_losses_are_those_of_the_trainer(made, tmp_path):
+def trained(tmp_path, **more) -> list[dict]:
+    """The log of training/distill.py with the settings of `distil()` and more flags."""
     from training.distill import distill
     from training.run.config import parse
 
@@ -69,11 +70,33 @@ def test_the_losses_are_those_of_the_trainer(made, tmp_path):
         **{"teacher": "embedded", "data": tmp_path / "prompts.txt", "output-dir": tmp_path / "run", "seed": 3},
         **{"lora-rank": 4, "train-batch-size": 2, "max-train-steps": 4, "learning-rate": 3e-4, "lr-warmup-steps": 1},
         **{"guidance-scale": 3.0, "sample-every": 0, "validation-samples": 0, "report-to": "none"},
-        **{"cache-dir": tmp_path / "cache"},
+        **{"cache-dir": tmp_path / "cache", **more},
     }
     distill(parse(["--lora", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]))
-    expected = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_losses_are_those_of_the_trainer(made, tmp_path):
+    expected = [line["loss"] for line in trained(tmp_path)]
     assert made[2] == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of which 2e-4 was seen
+
+
+def test_the_finish_has_the_losses_of_the_trainer(server, tmp_path):
+    """Asked for once the method is done, whose LoRA stays beside it."""
+    method = distil(steps=10, batch_size=1)
+    server.run(method)
+    before = len(states(server))
+    graph = distil(steps=10, batch_size=1, finish_steps=3)
+    server.run(graph)
+    assert len(states(server)) == before + 1
+    facts = json.loads(read_metadata(states(server)[-1])["splam_state"])
+    rates = {"finish-learning-rate": 2e-5 * 3, "fake-learning-rate": 8e-5 * 3}
+    log = trained(tmp_path, **{"train-batch-size": 1, "max-train-steps": 10, "finish-steps": 3, **rates},
+                  **{"finish": "distribution-matching"})  # fmt: skip
+    assert facts["losses"] == pytest.approx([line["loss"] for line in log], rel=1e-3, abs=1e-5)
+    assert facts["fake_losses"] == pytest.approx([line["fake_loss"] for line in log[10:]], rel=1e-3)
+    lora = states(server)[-1].with_name(states(server)[-1].name.replace(".state", ""))
+    assert json.loads(read_metadata(lora)["splam_settings"])["finish"]["finish_steps"] == 3
 
 
 def test_the_host_is_left_as_it_was(made, server):
@@ -118,6 +141,29 @@ def test_cancelling_keeps_what_was_learned_and_going_on_is_the_same_run(server):
     assert 1 <= len(losses(server)) < 10
     server.run(again)
     assert losses(server) == expected
+
+
+def test_cancelling_a_finish_and_going_on_is_the_same_run(server):
+    def facts() -> dict:
+        return json.loads(read_metadata(states(server)[-1])["splam_state"])
+
+    graph = distil(steps=2, batch_size=1, finish_steps=6, seed=15, gradient_checkpointing=True)
+    server.run(graph)
+    expected = facts()
+    states(server)[-1].unlink()
+    kept = len(states(server))
+    graph["distil"]["inputs"]["preview_every"] = 1000
+    job = server.queue(graph)
+    end = time.monotonic() + 300
+    while len(states(server)) == kept and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.1)  # into a step
+    server.post("/interrupt", {})
+    with pytest.raises(ServerError, match="interrupted"):
+        server.wait(job)
+    assert 2 < facts()["step"] < 8
+    server.run(graph)
+    assert (facts()["losses"], facts()["fake_losses"]) == (expected["losses"], expected["fake_losses"])
 
 
 def test_a_run_goes_on_without_a_place_for_its_autosave(server):
@@ -173,22 +219,54 @@ def test_out_of_memory_says_what_to_lower_and_keeps_what_was_learned(server):
     assert len(losses(server)) == 1
 
 
-def test_a_killed_server_loses_at_most_the_steps_since_its_autosave(comfyui, tmp_path):
+def test_what_a_restarted_server_has(comfyui, tmp_path):
+    """After a kill all but the steps since the last autosave; and of a saved LoRA the same picture by every loader."""
     graph = distil(steps=6, batch_size=1, seed=13)
     del graph["curve"]
+    short = distil(steps=2, batch_size=1, learning_rate=3e-3)
+    loaders = {"LoraLoaderModelOnly": {}, "SPLAMLoraLoader": {"strength_clip": 1.0}}
     with ComfyServer(comfyui, tmp_path) as running:
+        expected = latent(running, picture(["distil", 0], short))
+        name = next((tmp_path / "output" / "loras").glob("distilled_2*")).name
+        kept = len(states(running))
         running.queue(graph)
         end = time.monotonic() + 300
-        while not states(running) and time.monotonic() < end:
+        while len(states(running)) == kept and time.monotonic() < end:
             time.sleep(0.02)
         running.process.kill()
         running.process.wait()
     before = losses(running)
     assert before
     with ComfyServer(comfyui, tmp_path) as running:
+        assert not torch.equal(latent(running, picture(["model", 0], LOADER)), expected)
+        for loader, more in loaders.items():
+            inputs = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0, **more}
+            loaded = {**LOADER, "loaded": {"class_type": loader, "inputs": inputs}}
+            assert torch.equal(latent(running, picture(["loaded", 0], loaded)), expected), loader
+        inputs = {"model": ["model", 0], "lora": ["distil", 1], "strength_model": 1.0}
+        known = running.get("/object_info/LoraModelLoader")["LoraModelLoader"]["input"]["required"]
+        inputs |= {"bypass": False} if "bypass" in known else {}
+        loaded = {**short, "loaded": {"class_type": "LoraModelLoader", "inputs": inputs}}
+        assert torch.equal(latent(running, picture(["loaded", 0], loaded)), expected)
         running.run(graph)
-    assert losses(running)[: len(before)] == before and len(losses(running)) == 6
+        assert losses(running)[: len(before)] == before and len(losses(running)) == 6
     assert not list((tmp_path / "output" / "splam").glob("*.part"))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_weights_of_16_bits(kind, made, comfyui, tmp_path):
+    """Three steps and two of a finish: finite, and near the losses of fp32 weights."""
+    graph = distil(steps=3, finish_steps=2, gradient_checkpointing=True)
+    with ComfyServer(comfyui, tmp_path, arguments=(f"--{kind}-unet",)) as running:
+        running.run(graph)
+        facts = json.loads(read_metadata(states(running)[-1])["splam_state"])
+        said = running.log.read_text(errors="replace")
+    assert f"model weight dtype torch.{'bfloat16' if kind == 'bf16' else 'float16'}" in said
+    # The rates of three steps differ from those of four; the first step's loss does not know them.
+    assert facts["losses"][0] == pytest.approx(made[2][0], rel=0.1)
+    assert len(facts["losses"]) == 5 and all(0 < loss < 1e2 for loss in [*facts["losses"], *facts["fake_losses"]])
+    for file in (tmp_path / "output").rglob("*.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(file).values())
 
 
 SD3 = {"other": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 3.0}}}
@@ -212,6 +290,7 @@ TWICE = {
         ({"model": ["other", 0]}, SD3, "needs a Stable Diffusion model that predicts noise or v"),
         ({"positive": ["both", 0], "latents": ["a", 0]}, TEXT | TWICE, "3 latents and 2 conditionings do not go"),
         ({"rank": 0}, {}, "smaller than min"),
+        ({"steps": 0}, {}, "steps and finish_steps are both 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(settings, more, said, server):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from splam_core.descent import LR_SCHEDULERS
-from splam_core.draws import GRID
+from splam_core.finish import LORA_FINISH, Finish
 from splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 
 from ..data import DataOptions
@@ -37,46 +37,9 @@ FULL_SIZE: dict[str, Any] = {
     "finish_learning_rate": 2e-6,
     "fake_learning_rate": 8e-6,
 }
-LORA_FINISH: dict[str, Any] = {"finish_learning_rate": 2e-5, "fake_learning_rate": 8e-5}
-FINISHES = ("none", "distribution-matching")
 LORA_HOLDS = ("speed", "both")
 _OUTPUT = Path("runs/distill")
 PRESETS = {file.stem: file for file in (Path(__file__).resolve().parent / "presets").glob("*.toml")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finish:
-    """What follows the method. Raises ValueError, in the words of the flags, for settings that make no sense."""
-
-    finish: str = flag(
-        "none", "a stage after --max-train-steps of the method: its samples are led to the teacher's", FINISHES
-    )
-    finish_steps: int = flag(90, "its steps, each one update of the student and --fake-updates of the fake network")
-    finish_learning_rate: float = flag(5e-5, "the student's in it")
-    fake_learning_rate: float = flag(2e-4, "of the fake network, which learns the score of the student's samples")
-    fake_updates: int = flag(2, "of it, a step of the finish")
-    finish_beta1: float = flag(0.0, "AdamW's in the finish, for both")
-    finish_beta2: float = flag(0.999, "AdamW's in the finish, for both")
-    finish_warmup_steps: int = flag(5, "over which both rates rise; they are constant then")
-    finish_ema_decay: float = flag(0.98, "of the average that the finish exports")
-    finish_step_counts: tuple[int, ...] = flag((1, 2, 4), "the student's samples are made in so many steps, in turn")
-    finish_guidance_scale: float | None = flag(None, "w of the teacher's score; none: --guidance-scale")
-    finish_anchor: float = flag(0.5, "how strongly the student is held to what it was before the finish; 0: not")
-    finish_noise_range: tuple[float, ...] = flag((0.02, 0.98), "shares of the schedule at which scores are compared")
-
-    def __post_init__(self) -> None:
-        for name in ("finish_steps", "fake_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.finish_ema_decay < 1:
-            raise ValueError(f"--finish-ema-decay must be at least 0 and below 1, got {self.finish_ema_decay}")
-        if not self.finish_step_counts or any(not 1 <= count <= GRID for count in self.finish_step_counts):
-            raise ValueError(f"--finish-step-counts must be from 1 to {GRID}, got {list(self.finish_step_counts)}")
-        if self.finish_anchor < 0:
-            raise ValueError(f"--finish-anchor must be 0 or more, got {self.finish_anchor}")
-        span = self.finish_noise_range
-        if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
-            raise ValueError(f"--finish-noise-range must be two rising numbers from 0 to 1, got {list(span)}")
 
 
 FINISH_SETTINGS = frozenset(entry.name for entry in fields(Finish))

@@ -152,7 +152,7 @@ class Distillation:
         """From the method to its finish: other losses, a second network that learns, and optimizers that begin anew."""
         config = self.config
         self.networks.begin_finish()
-        betas = (config.finish_beta1, config.finish_beta2)
+        betas = config.finish_betas
         own = self.optimizers["student"]
         own.optimizer.state.clear()
         for group in own.param_groups:
