@@ -270,6 +270,8 @@ def test_weights_of_16_bits(kind, made, comfyui, tmp_path):
 
 
 SD3 = {"other": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 3.0}}}
+SHIFTS = {"max_shift": 1.15, "base_shift": 0.5, "width": 128, "height": 128}
+FLUX = {"other": {"class_type": "ModelSamplingFlux", "inputs": {"model": ["model", 0], **SHIFTS}}}
 TEXT = {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
 TWICE = {
     "a": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 3}},
@@ -287,13 +289,17 @@ TWICE = {
         ({"resolution": 132}, {}, "multiple of 8, got 132. Use 128 or 136"),
         ({"prompts": "not there.txt"}, {}, "there is no file 'not there.txt'"),
         ({"prompts": "../models/x.txt"}, {}, "there is no file"),
+        ({"prompts": "empty.txt"}, {}, "empty.txt holds no prompts"),
         ({"model": ["other", 0]}, SD3, "needs a Stable Diffusion model that predicts noise or v"),
+        ({"model": ["other", 0]}, FLUX, "needs a Stable Diffusion model that predicts noise or v"),
+        ({"existing_lora": "../secret.safetensors"}, {}, "not in"),
         ({"positive": ["both", 0], "latents": ["a", 0]}, TEXT | TWICE, "3 latents and 2 conditionings do not go"),
         ({"rank": 0}, {}, "smaller than min"),
         ({"steps": 0}, {}, "steps and finish_steps are both 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(settings, more, said, server):
+    (server.folder / "input" / "empty.txt").write_text("\n# nothing but this\n")
     with pytest.raises(ServerError, match=said.replace("(", r"\(")):
         server.run(distil(**settings) | more)
 

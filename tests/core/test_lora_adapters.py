@@ -82,3 +82,23 @@ def test_weights_of_another_rank_are_refused(made):
     other = {key: weight[:1] for key, weight in adapters.weights["student"].items()}
     with pytest.raises(ValueError, match="differ, the first"):
         adapters.load("student", other)
+
+
+def test_a_finish_goes_on_from_the_slower_average(made):
+    net, adapters, x = made
+    plain = net(x)
+    with torch.no_grad():
+        for weight in adapters.trainable():
+            weight.add_(0.1)
+    adapters.update_averages(10, 0.5, 0.9)
+    release = {key: weight.clone() for key, weight in adapters.weights["release"].items()}
+    adapters.begin_finish(release=True, anchored=True)
+    assert set(adapters.weights) == {"student", "target", "fake", "start"}
+    for role in ("student", "target", "start"):
+        assert all(torch.equal(weight, release[key]) for key, weight in adapters.weights[role].items())
+    with adapters.attached(), adapters.use("fake"):
+        output = net(x)
+        assert torch.equal(output, plain)
+        output.sum().backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in adapters.trainable("fake"))
+    assert all(weight.grad is None for weight in adapters.trainable())
