@@ -112,16 +112,8 @@ def test_two_lora_steps_and_the_result_in_comfyui(comfyui, tmp_path, record_prop
         assert "lora key not loaded" not in server.log.read_text(errors="replace")
 
 
-def peak_memory(pid: int) -> int:
-    """Bytes that a process has had at most, on Linux."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1])
-
-
-def test_three_steps_of_splam_distil(comfyui, tmp_path, record_property):
-    """fp16 weights, as users have them: finite, a layer's key for each adapted layer, the control picture unchanged.
-
-    What the run adds to the server's memory is within what --plan says of the same settings.
-    """
+def test_three_steps_of_splam_distil(comfyui, tmp_path):
+    """fp16 weights, as users have them: finite, a layer's key for each adapted layer, the control picture unchanged."""
     models = tmp_path / "models" / "checkpoints"
     models.mkdir(parents=True)
     write_single_file(random_teacher(), models / "base.safetensors", "base")
@@ -130,9 +122,7 @@ def test_three_steps_of_splam_distil(comfyui, tmp_path, record_property):
     graph = distil("base.safetensors", prompts="a fox\na hut", vae=None, **settings)
     with ComfyServer(comfyui, tmp_path) as server:
         before = load(server.files(server.run(control))[0])["latent_tensor"]
-        idle = peak_memory(server.process.pid)
         server.run(graph)
-        peak = peak_memory(server.process.pid)
         server.post("/free", {"unload_models": True, "free_memory": True})
         again = {**control, "saved": {**control["saved"], "inputs": {**control["saved"]["inputs"]}}}
         again["saved"]["inputs"]["filename_prefix"] = "after"
@@ -140,10 +130,3 @@ def test_three_steps_of_splam_distil(comfyui, tmp_path, record_property):
     assert torch.equal(before, after)
     lora = load_file(next((tmp_path / "output" / "loras").glob("distilled*")))
     assert len(lora) == 3 * 278 and all(weight.isfinite().all() for weight in lora.values())
-    flags = ["--teacher", "sd15", "--lora", "--lora-rank", "16", "--resolution", "64", "--train-batch-size", "1",
-             "--mixed-precision", "no", "--gradient-checkpointing"]  # fmt: skip
-    planned = plan(parse(flags)).peak(1)
-    for name, value in (("idle", idle), ("peak", peak), ("planned", planned)):
-        record_property(f"{name}_gb", value / 1e9)
-    print(f"server {idle / 1e9:.2f} GB with the model, {peak / 1e9:.2f} GB in the run; --plan {planned / 1e9:.2f} GB")
-    assert peak - idle < planned

@@ -30,7 +30,7 @@ JUNK = (
 SMALL = {"width": 64, "height": 64, "batch_size": 1, "steps": 2, "amount": 1, "seed": 1, "noise_seed": 1, "cfg": 1.0}
 # The most that a node which trains or draws pictures is asked for: what it allows may take days.
 MOST = {"steps": 3, "resolution": 128, "batch_size": 2, "gradient_accumulation": 2, "teacher_steps": 5, "rank": 64}
-MOST |= {"pictures_per_prompt": 3}
+MOST |= {"pictures_per_prompt": 3, "finish_steps": 2}
 COSTLY = ("SPLAMDistil", "SPLAMDistilReport")
 ODD = 3  # inputs of a node of ours that are at, near or beyond an edge, or junk, on average
 ENOUGH = 10  # seconds after which a person cancels
