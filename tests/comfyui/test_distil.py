@@ -292,7 +292,7 @@ TWICE = {
         ({"prompts": "empty.txt"}, {}, "empty.txt holds no prompts"),
         ({"model": ["other", 0]}, SD3, "needs a Stable Diffusion model that predicts noise or v"),
         ({"model": ["other", 0]}, FLUX, "needs a Stable Diffusion model that predicts noise or v"),
-        ({"existing_lora": "../secret.safetensors"}, {}, "there is no LoRA"),
+        ({"existing_lora": "../secret.safetensors"}, {}, "there is no LoRA|not in list"),
         ({"positive": ["both", 0], "latents": ["a", 0]}, TEXT | TWICE, "3 latents and 2 conditionings do not go"),
         ({"rank": 0}, {}, "smaller than min"),
         ({"steps": 0}, {}, "steps and finish_steps are both 0"),
