@@ -34,10 +34,11 @@ from .gamma import (
 from .matching import DistributionMatching, MatchingDraws, draw_places, matching_draws, simulate
 from .objective import Objective, l2, pseudo_huber, subpath_for
 from .parametrisation import Parametrisation, parametrisation_of
+from .paths import PathObjective, solve_paths
 from .recipe import Recipe
 from .sampler import add_noise, fresh_noise, renoise_generator, sample
 from .schedule import NoiseSchedule, broadcast_to, few_step_timesteps
-from .solver import SOLVERS, ddim_step, guided, multiple_estimation, solver_path
+from .solver import SOLVERS, ddim_step, guided, multiple_estimation, solve, solver_path
 from .subpath import DirectLinking, SubPath, SubPathLinear
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "NoiseSchedule",
     "Objective",
     "Parametrisation",
+    "PathObjective",
     "Recipe",
     "SubPath",
     "SubPathLinear",
@@ -101,6 +103,8 @@ __all__ = [
     "simulate",
     "sinusoid",
     "sinusoid_frequencies",
+    "solve",
+    "solve_paths",
     "solver_path",
     "subpath_for",
     "weight_files",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,12 +62,22 @@ def solver_path(
             f"skip must be a multiple of solver_skip, got skip={skip}, solver_skip={solver_skip}: "
             f"a jump is made of whole teacher steps."
         )
+    return solve(teacher, x_t, [(t - done).clamp(min=0) for done in range(0, skip + 1, solver_skip)], schedule, solver)
+
+
+def solve(
+    teacher: Teacher, x: Tensor, timesteps: Sequence[Tensor], schedule: NoiseSchedule, solver: str = "ddim"
+) -> list[Tensor]:
+    """The points of the teacher's path at each of these timesteps, which fall; x [B, ...] is the first of them.
+
+    timesteps: n+1 of [B]; points: n+1 of [B, ...]. Solvers, dtype and errors as in `solver_path`.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
-    path: list[Tensor] = [x_t]
+    path: list[Tensor] = [x]
     before: tuple[Tensor, Tensor] | None = None  # the last step's x0 and timestep
-    for done in range(0, skip, solver_skip):
-        x, here, there = path[-1], (t - done).clamp(min=0), (t - done - solver_skip).clamp(min=0)
+    for here, there in itertools.pairwise(timesteps):
+        x = path[-1]
         epsilon = teacher(x, here)
         if solver == "dpm-solver++":
             x0 = predict_x0(epsilon, x, schedule.alpha(here), schedule.sigma(here), "epsilon")

@@ -3,6 +3,11 @@
     python training/prepare.py --teacher dreamshaper-v7 --data photos/ --output-dir photos-512
     python training/distill.py --teacher dreamshaper-v7 --data photos-512
 
+With --paths N, paths of the teacher from N of its samples as well, for training that does not ask the teacher either:
+
+    python training/prepare.py --teacher dreamshaper-v7 --data photos-512 --paths 20000 --output-dir photos-paths
+    python training/distill.py --teacher dreamshaper-v7 --paths photos-paths
+
 OUTPUT_DIR gets webdataset tars of safetensors files, with an index beside each. Run the same command again to go on
 after an interruption: whole shards are kept. Several processes share the work: `accelerate launch` (or RANK and
 WORLD_SIZE), or on machines that do not know of each other --shard 0/4, 1/4, ...
@@ -18,8 +23,9 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run by path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,16 +35,20 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from .data import DataOptions, at_resolution, default_spec, source_of
+from splam_core import Recipe
+
+from .data import DataOptions, at_resolution, default_spec, open_data, source_of
 from .data.base import FEW, cache_settings, check_skipped, encoder_of, is_drawn, sift
-from .data.latents import META, NO_PROMPT, Encoder, Size, make, read_index, write_shard
+from .data.latents import GROUP, META, NO_PROMPT, Encoder, Size, make, read_index, write_shard
+from .data.paths import PathPreparation, PathSettings
 from .data.samples import SHARDS, read_meta, shards_of
 from .data.sources import Listing, Record, Skip
+from .data.streams import StreamData
 from .files import write_whole
 from .flags import add_flags
 from .models.load import load_pipeline
 from .models.pipeline import DTYPES, Pipeline
-from .models.teachers import resolve
+from .models.teachers import TEACHERS, resolve
 
 
 class Preparation:
@@ -168,15 +178,21 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataO
     add("download-teacher", action="store_true", help="fetch the teacher if it is not on this machine")
     group = parser.add_argument_group("data")
     add_flags(group, DataOptions)
+    add_flags(parser.add_argument_group("kept paths"), PathSettings)
     given = parser.parse_args(arguments)
     try:
         if given.shard_size < 1:
             raise ValueError(f"--shard-size must be 1 or more, got {given.shard_size}")
-        options = {entry.name for entry in fields(DataOptions)}
         given.rank, given.world = share(given.shard)
-        return given, DataOptions(**{key: value for key, value in vars(given).items() if key in options})
+        given.kept = PathSettings(**_of(given, PathSettings))
+        return given, DataOptions(**_of(given, DataOptions))
     except ValueError as error:
         parser.error(str(error))
+
+
+def _of(given: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What is given of a dataclass's fields."""
+    return {entry.name: vars(given)[entry.name] for entry in fields(kind) if entry.name in vars(given)}
 
 
 def share(shard: str | None) -> tuple[int, int]:
@@ -199,6 +215,10 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     spec = given.data or default_spec(pipeline)
     options = at_resolution(options, pipeline)
     pipeline.encoders_to(device, DTYPES[given.dtype])
+    if given.kept.paths:
+        pipeline.unet.to(device)
+        _keep_paths(given, spec, pipeline, options)
+        return
     work = Preparation(spec, pipeline, options, given.output_dir, given.shard_size, given.rank, given.world)
     if is_drawn(work.source):
         pipeline.unet.to(device)
@@ -215,6 +235,28 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     else:
         total = sum(len(index["samples"]) for _, index in shards_of(given.output_dir, range(work.parts)))
         print(f"finished: {total} samples. Train on them with --data {given.output_dir}")
+
+
+def _keep_paths(given: argparse.Namespace, spec: str, pipeline: Pipeline, options: DataOptions) -> None:
+    preset, settings = TEACHERS.get(given.teacher), given.kept
+    if settings.guidance_scale is None:
+        settings = replace(settings, guidance_scale=preset.guidance_scale if preset else Recipe.guidance_scale)
+    data = open_data(spec, pipeline, options, GROUP, settings.path_seed + 1)
+    if isinstance(data, StreamData):
+        raise ValueError(
+            f"--paths takes samples by number, and {spec} is a stream: prepare that first, without --paths"
+        )
+    work = PathPreparation(data, pipeline, settings, given.output_dir, given.shard_size, given.rank, given.world)
+    for _ in tqdm(work.run(), "shards", len(work.mine), disable=None if given.rank == 0 else True):
+        pass
+    print(
+        f"{work.kept} paths ({work.made} solved now), {len(work.skipped)} skipped, {settings.unet_forwards} UNet "
+        f"evaluations in all -> {given.output_dir}"
+    )
+    if left := work.missing():
+        print(f"{left} of {work.parts} parts are left to the other processes")
+    else:
+        print(f"finished. Train on them with --paths {given.output_dir}")
 
 
 def grouped(items: Iterator, size: int) -> Iterator[list]:

@@ -63,6 +63,9 @@ class TrainingData:
         """
         share.wait()
 
+    def latents_alone(self) -> None:
+        """From now on `batch` gives latents, where it gave the points of paths."""
+
     def describe(self) -> str:
         """One line for the log."""
         raise NotImplementedError

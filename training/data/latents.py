@@ -6,6 +6,7 @@ whole, so that whatever was interrupted, what is there can be used and the rest 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -184,7 +185,13 @@ def write_shard(
     with tarfile.open(fileobj=content) as archive:
         places = [[member.offset_data, member.size] for member in archive if member.name.endswith(".safetensors")]
     rows = [
-        {"number": number, "name": record.name, "at": at, "shape": list(sample["latents"].shape)}
+        {
+            "number": number,
+            "name": record.name,
+            "at": at,
+            "sha256": hashlib.sha256(content.getbuffer()[at[0] : sum(at)]).hexdigest(),
+            "shape": list(sample["latents"].shape),
+        }
         for (number, record, sample), at in zip(made.good, places, strict=True)
     ]
     bad = [[one.name, one.reason] for one in (*skipped, *made.bad)]
@@ -212,13 +219,19 @@ def read_index(folder: Path, shard: str) -> dict | None:
         return found
 
 
-def read_sample(folder: Path, shard: str, at: Sequence[int]) -> Sample:
-    """The sample at (offset, size) in a shard. Raises ValueError naming the file if it is damaged."""
+def read_sample(folder: Path, shard: str, at: Sequence[int], sha256: str | None = None) -> Sample:
+    """The sample at (offset, size) in a shard. Raises ValueError naming the file if it is damaged.
+
+    sha256: what its index says of it, or the first digits of that; sets of before have none.
+    """
     file = folder / f"{shard}.tar"
     try:
         with open(file, "rb") as opened:
             opened.seek(at[0])
-            sample = load(opened.read(at[1]))
+            content = opened.read(at[1])
+        if sha256 and not hashlib.sha256(content).hexdigest().startswith(sha256):
+            raise ValueError("its SHA-256 is not that of its index")
+        sample = load(content)
         if bad := not_finite(sample):
             raise ValueError(f"{bad} holds NaN or infinite values")
         return sample

@@ -49,6 +49,7 @@ from .sources import Listing, Skip, digest
 log = logging.getLogger(__name__)
 PROMPTS = shipped("assets") / "prompts.txt"  # what is trained on without --data
 MEMORY = 2**30  # bytes of samples that are kept in memory
+DIGITS = 15  # of a sample's SHA-256 that are kept in memory
 MOST_PARTS = 10_000_000  # of a prepared set
 SHARDS = "shards.json"  # of a prepared part: how many there are, written when all of them are there
 
@@ -265,7 +266,9 @@ class RecordData(KnownData):
         if index is None:
             return self._make(group)
         self._note(group, index)
-        return {row["number"]: read_sample(self.folder, shard, row["at"]) for row in index["samples"]}
+        return {
+            row["number"]: read_sample(self.folder, shard, row["at"], row.get("sha256")) for row in index["samples"]
+        }
 
     def _make(self, group: int) -> dict[int, Sample]:
         if self.drawn and self._closed:
@@ -333,7 +336,10 @@ class PreparedData(KnownData):
         self.shards: list[str] = []
         rows, sizes = [], []
         for shard, index in shards_of(folder, range(self.meta["parts"])):
-            rows += [(len(self.shards), *row["at"]) for row in index["samples"]]
+            rows += [
+                (len(self.shards), *row["at"], int(row["sha256"][:DIGITS], 16) if "sha256" in row else -1)
+                for row in index["samples"]
+            ]
             sizes += [tuple(side * pipeline.vae_scale for side in row["shape"][-2:]) for row in index["samples"]]
             self.shards.append(shard)
             self.cut += index.get("cut", 0)
@@ -348,8 +354,10 @@ class PreparedData(KnownData):
         self._arrange({size: torch.tensor(ids) for size, ids in buckets.items()})
 
     def _get(self, number: int) -> Sample:
-        shard, start, size = self._rows[number].tolist()
-        return read_sample(self.folder, self.shards[shard], (start, size))
+        shard, start, size, digits = self._rows[number].tolist()
+        return read_sample(
+            self.folder, self.shards[shard], (start, size), None if digits < 0 else f"{digits:0{DIGITS}x}"
+        )
 
     def describe(self) -> str:
         return f"{self._counted()}; prepared at {self.meta['resolution']} px, from {self.meta['spec']}"

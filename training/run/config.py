@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from splam_core.descent import LR_SCHEDULERS
 from splam_core.finish import LORA_FINISH, Finish
+from splam_core.paths import GOALS
 from splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 
 from ..data import DataOptions
+from ..data.paths import read_path_meta
 from ..flags import add_flags, flag, given_flags, read_toml
 from ..models.lora import file_and_weight
 from ..models.teachers import TEACHERS, list_teachers
@@ -42,11 +45,30 @@ _OUTPUT = Path("runs/distill")
 PRESETS = {file.stem: file for file in (Path(__file__).resolve().parent / "presets").glob("*.toml")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """What kept paths are read for. Raises ValueError, in the words of the flags, for settings that make no sense."""
+
+    paths: Path | None = flag(
+        None, "a folder of prepare.py --paths: learn from these in place of --data, without asking the teacher"
+    )
+    path_goal: str = flag(
+        "end", "what F is to point at from a path's points: its end, or what the target makes of the next point", GOALS
+    )
+    path_first_share: float = flag(0.25, "share of draws from the first sub-path; the others are drawn evenly")
+
+    def __post_init__(self) -> None:
+        if self.path_goal not in GOALS:
+            raise ValueError(f"--path-goal must be one of {', '.join(GOALS)}, got {self.path_goal}")
+        if not 0 <= self.path_first_share <= 1:
+            raise ValueError(f"--path-first-share must be between 0 and 1, got {self.path_first_share}")
+
+
 FINISH_SETTINGS = frozenset(entry.name for entry in fields(Finish))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Recipe, Finish):
+class Config(Recipe, Paths, Finish):
     """Flag names are those of diffusers' training scripts where they mean the same."""
 
     teacher: str = field(
@@ -117,7 +139,10 @@ class Config(Recipe, Finish):
 
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
+        Paths.__post_init__(self)
         Finish.__post_init__(self)
+        if self.paths is not None and self.data is not None:
+            raise ValueError(f"--paths holds what is trained on: leave --data {self.data} away")
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
@@ -138,6 +163,11 @@ class Config(Recipe, Finish):
             )
         if self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|'):
             raise ValueError(f"--name must be a file's name without folders, got {self.name!r}: see --output-dir")
+
+    @property
+    def unet_forwards_per_sample(self) -> int:
+        """Cost of a training sample: on kept paths no teacher's, and for their ends no target's."""
+        return super().unet_forwards_per_sample if self.paths is None else 3 + (self.path_goal == "target")
 
     @property
     def total_steps(self) -> int:
@@ -238,6 +268,9 @@ def complete(given: dict[str, Any], planned: bool = False) -> Config:
                 options = {"resolution": preset.resolution, **options}
         if given.get("lora"):
             defaults |= {"learning_rate": LORA_LEARNING_RATE, **LORA_FINISH}
+    if given.get("paths") is not None:  # where they are: a plan may be made elsewhere
+        with contextlib.suppress(FileNotFoundError if planned else ()):
+            defaults["guidance_scale"] = read_path_meta(Path(given["paths"]))["guidance_scale"]
     if given.get("skip", 0) > 0 and "solver_skip" not in given:  # whole steps, none longer than usual
         usual = defaults.get("solver_skip", Config.solver_skip)
         given["solver_skip"] = max(step for step in range(1, usual + 1) if given["skip"] % step == 0)

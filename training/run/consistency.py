@@ -1,4 +1,4 @@
-"""Consistency distillation: Algorithm 1's loss of a batch.
+"""Consistency distillation: Algorithm 1's loss of a batch, its jumps made by the teacher or read from kept paths.
 
 A stage of training gives (role, loss) pairs of a batch, one for each network that learns.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from splam_core import Objective, predict_epsilon
+from splam_core import Objective, PathObjective, draws, predict_epsilon, sample_gamma
+from splam_core.paths import draw_places
+from splam_core.recipe import on_device
 
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.sampling import guided_output
@@ -45,6 +47,45 @@ class Consistency:
     def forwards(self, indices: range) -> int:
         """UNet evaluations of these samples; a backward pass counts 2."""
         return len(indices) * self.config.unet_forwards_per_sample
+
+
+@dataclass
+class KeptPaths:
+    """The student learns from kept paths (`splam_core.paths`): no teacher is asked, and for their ends no target."""
+
+    config: Config
+    teacher: Pipeline  # what a finish asks
+    negative: Conditioning
+    networks: Networks
+    objective: PathObjective
+
+    def losses(self, points: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[str, Tensor]]:
+        """("student", its loss [], the mean over a batch): points [B, n+1, C, h, w], as `PathData` has them."""
+        config = self.config
+        timesteps = conditioning.pop("timesteps")
+        _, u_place, u_gamma = draws(config.seed, indices, ())
+        place = draw_places(u_place, points.shape[1] - 1, config.path_first_share)
+        gamma = sample_gamma(u_gamma, config.gamma_one_probability)
+        place, gamma = on_device(place, points.device), on_device(gamma, points.device)
+        student, target = (self.networks.net(role, conditioning) for role in ("student", "target"))
+        asked = None if config.method == "lcm" else gamma
+        yield "student", self.objective(student, target, points, timesteps, place, asked).mean()
+
+    def forwards(self, indices: range) -> int:
+        """UNet evaluations of these samples; a backward pass counts 2."""
+        return len(indices) * self.config.unet_forwards_per_sample
+
+
+def first_stage(
+    config: Config, teacher: Pipeline, negative: Conditioning, networks: Networks, objective: Objective | None = None
+) -> Consistency | KeptPaths:
+    """The stage of the method; objective: None, the one that `config` names."""
+    if objective is None:
+        objective = config.objective(teacher.schedule, teacher.prediction_type)
+    if config.paths is None:
+        return Consistency(config, teacher, negative, networks, objective)
+    kept = PathObjective(objective.denoiser, config.path_goal, objective.distance)
+    return KeptPaths(config, teacher, negative, networks, kept)
 
 
 def plain_attention(device: torch.device) -> contextlib.AbstractContextManager:

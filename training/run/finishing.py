@@ -13,7 +13,7 @@ from splam_core.denoiser import Network
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.sampling import guided_output
 from .config import Config
-from .consistency import Consistency
+from .consistency import Consistency, KeptPaths
 from .networks import Networks
 
 
@@ -51,8 +51,11 @@ class Finishing:
         return sum(config.finish_places(config.seed, indices)) + len(indices) * config.finish_forwards_that_learn
 
 
-def finish_of(stage: Consistency) -> Finishing:
+def finish_of(stage: Consistency | KeptPaths) -> Finishing:
     """The finish of a method, with the networks, teacher and settings of that."""
     config, teacher = stage.config, stage.teacher
     objective = config.matching(Denoiser(teacher.schedule, teacher.prediction_type, config.conditioning))
     return Finishing(config, teacher, stage.negative, stage.networks, objective)
+
+
+Stage = Consistency | KeptPaths | Finishing

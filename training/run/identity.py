@@ -21,8 +21,8 @@ MAY_CHANGE = frozenset((
     "lr_warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay",
     "release_decay", "mixed_precision", "teacher_dtype", "gradient_checkpointing", "compile", "checkpointing_steps",
     "checkpoints_total_limit", "sample_every", "sample_prompts", "validation_samples", "report_to", "export_dtype",
-    "name", "allow_tf32", "data", "finish_steps", "finish_learning_rate", "fake_learning_rate", "finish_beta1",
-    "finish_beta2", "finish_warmup_steps", "finish_ema_decay", "lora_holds",
+    "name", "allow_tf32", "data", "paths", "finish_steps", "finish_learning_rate", "fake_learning_rate",
+    "finish_beta1", "finish_beta2", "finish_warmup_steps", "finish_ema_decay", "lora_holds",
 ))  # fmt: skip
 # Teacher, its LoRAs and student are known by their weights, wherever they lie; a recipe by what it sets.
 UNSAID = frozenset((

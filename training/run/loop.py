@@ -21,6 +21,7 @@ from splam_core import LossWatch, Objective, learning_rate_share
 
 from ..data import TrainingData
 from ..data.base import Share
+from ..data.paths import PathData
 from ..data.phase import make_data
 from ..models.pipeline import DTYPES, Pipeline
 from .checkpoints import (
@@ -34,8 +35,8 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .config import FINISH_SETTINGS, Config
-from .consistency import Consistency, plain_attention
-from .finishing import Finishing, finish_of
+from .consistency import KeptPaths, first_stage, plain_attention
+from .finishing import Stage, finish_of
 from .identity import changes, check_weights, weights_digest
 from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype, update_averages
 from .optimizers import build_optimizer
@@ -83,7 +84,10 @@ class Distillation:
         mesh = sharding_mesh(config, accelerator)
         whole = config.train_batch_size * accelerator.num_processes
         negative = pipeline.unconditional()
-        if data is None:  # made before there are networks; then the encoders leave
+        if data is None and config.paths is not None:
+            data = PathData(config.paths, pipeline, config.data_options, whole, config.seed + 1)
+            pipeline.encoders_to("cpu")
+        elif data is None:  # made before there are networks; then the encoders leave
             data = make_data(
                 config.data,
                 pipeline,
@@ -119,10 +123,8 @@ class Distillation:
         else:
             self.networks.student, optimizer = accelerator.prepare(self.networks.student, optimizer)
         self.optimizers = {"student": optimizer}
-        if objective is None:
-            objective = config.objective(pipeline.schedule, pipeline.prediction_type)
         asked = pipeline if teacher is None else replace(pipeline, unet=teacher)
-        self.stage: Consistency | Finishing = Consistency(config, asked, negative, self.networks, objective)
+        self.stage: Stage = first_stage(config, asked, negative, self.networks, objective)
         self.watches = {"student": LossWatch()}
         self.objects = self._objects()
         self.finishing = False
@@ -169,6 +171,7 @@ class Distillation:
         self.optimizers["fake"] = self.accelerator.prepare_optimizer(fake)
         self.watches = {"student": LossWatch(), "fake": LossWatch()}
         self.stage = finish_of(self.stage)
+        self.data.latents_alone()
         self.objects, self.finishing = self._objects(), True
 
     def train(self, stop: StopRequest | None = None) -> Iterator[Progress]:
@@ -179,6 +182,8 @@ class Distillation:
         StoppedError, after a checkpoint, when any process has been asked to stop.
         """
         config = self.config
+        if isinstance(self.stage, KeptPaths) and config.finish == "none":
+            self._let_teacher_go()
         while self.step < config.total_steps:
             if self.step >= config.max_train_steps and not self.finishing:
                 self.begin_finish()
@@ -224,6 +229,12 @@ class Distillation:
                 raise StoppedError(
                     f"stopped at step {self.step}. Go on with --resume-from-checkpoint latest ({folder})."
                 )
+
+    def _let_teacher_go(self) -> None:
+        """After what it is asked besides the loss: the ends of its paths from held-out samples."""
+        if self.config.validation_samples and (self.networks.sharded or self.accelerator.is_main_process):
+            self.validation = Validation(self.config, self.pipeline, self.networks, self.data)
+        self.networks.let_teacher_go(self.pipeline)
 
     @property
     def _whole(self) -> int:
@@ -335,19 +346,8 @@ class Distillation:
         Not of a finish's, which does not seek the end of the teacher's path that the score measures.
         For the main process, and with sharded networks for all of them at once.
         """
-        config = self.config
         if self.validation is None:
-            latents, conditioning = self.data.held_out(config.validation_samples)
-            self.validation = Validation(
-                self.pipeline,
-                self.networks,
-                latents,
-                conditioning,
-                config.guidance_scale,
-                config.skip,
-                config.seed,
-                config.train_batch_size,
-            )
+            self.validation = Validation(self.config, self.pipeline, self.networks, self.data)
         with self.accelerator.autocast():
             scores = {role: self.validation(role) for role in ("target", "release") if role in self.networks.roles}
         if self.networks.sharded:  # rounding must not make processes disagree on which is best
@@ -355,7 +355,7 @@ class Distillation:
         role = min(scores, key=lambda one: scores[one].loss)
         if not self.finishing and (self.best is None or scores[role].loss < self.best["loss"]):
             self.best = {"step": self.step, "role": role, "loss": scores[role].loss}
-            self._write(config.output_dir / "best", {"student": self.objects[role]}, self.best)
+            self._write(self.config.output_dir / "best", {"student": self.objects[role]}, self.best)
         return scores
 
     def _write(self, folder: Path, objects: dict[str, Stateful], facts: dict) -> None:

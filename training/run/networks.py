@@ -45,13 +45,6 @@ def make_student(teacher: UNet2DConditionModel, gamma_conditioning: str) -> UNet
     return student.float().to(teacher.device).requires_grad_(True)
 
 
-def export_unet(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A plain UNet that equals the student at gamma = 1: its embedding is zero there, so the projection just goes."""
-    plain = copy.deepcopy(teacher).float()
-    plain.load_state_dict({key: value for key, value in student.state_dict().items() if "cond_proj" not in key})
-    return plain.eval().requires_grad_(False)
-
-
 def base_dtype(config: Config) -> torch.dtype:
     """Of the frozen UNet. A LoRA student's own forward passes go through it: without mixed precision it stays fp32."""
     if config.lora and config.mixed_precision == "no":
@@ -113,6 +106,10 @@ class FullNetworks(_Networks):
             shard(self.target, mesh)
             shard(self.student, mesh)
         self.release = _on_cpu(self.weights("target")) if config.release_decay else {}
+
+    def let_teacher_go(self, pipeline: Pipeline) -> None:
+        """Nobody will ask it again; its place in the pipeline, whose shapes are still read, is the target's."""
+        self.teacher = pipeline.unet = self.target
 
     @contextlib.contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
@@ -303,6 +300,9 @@ class LoraNetworks(_Networks):
             yield
         finally:
             self.switch("student")
+
+    def let_teacher_go(self, pipeline: Pipeline) -> None:
+        """It is the student's own base."""
 
     def switch(self, role: str) -> None:
         """Make the UNet that of a role, till the next switch. It is the student's wherever nobody asks."""

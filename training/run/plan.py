@@ -27,9 +27,9 @@ from ..models.pipeline import DTYPES, Conditioning, Pipeline
 from ..models.sampling import guided_output
 from ..models.teachers import TEACHERS, resolve
 from .config import Config
-from .consistency import Consistency
+from .consistency import first_stage
 from .counting import GPU, Living, rounded
-from .finishing import Finishing, finish_of
+from .finishing import Stage, finish_of
 from .networks import FullNetworks, LoraNetworks, base_dtype
 from .optimizers import state_bytes
 
@@ -95,12 +95,17 @@ def plan(config: Config) -> Plan:
         pipeline = _pipeline(architecture, base_dtype(config) if config.lora else torch.float32)
         parameters = sum(one.numel() for one in pipeline.unet.parameters())
         vae, texts = _bytes(pipeline.vae), _bytes(pipeline.text_encoder, pipeline.text_encoder_2)
-        phases["data"] = Phase({1: living.peak_of(lambda: _make_data(config, pipeline, resolution))})
+        if config.paths is None:
+            phases["data"] = Phase({1: living.peak_of(lambda: _make_data(config, pipeline, resolution))})
         networks = LoraNetworks(pipeline, counted) if config.lora else FullNetworks(pipeline, counted)
         trained = sum(one.numel() for one in networks.trainable())
         optimizer = state_bytes(config.optimizer) * trained
         resident = living.bytes - vae - texts + optimizer
         away = optimizer - vae - texts  # what the count below has too little of, or too much
+        if config.paths is not None and config.finish == "none":
+            phases["begin"] = Phase({1: float(resident)})
+            networks.let_teacher_go(pipeline)
+            resident = living.bytes - vae - texts + optimizer
         if config.max_train_steps:
             phases["step"] = _steps(living, counted, pipeline, networks, resolution, away)
         phases["optimizer"] = Phase({1: resident + 4.0 * trained})
@@ -116,7 +121,7 @@ def plan(config: Config) -> Plan:
             phases["finish"] = _steps(living, counted, pipeline, networks, resolution, away)
             phases["optimizer"] = Phase({1: living.bytes + away + 4.0 * max(trained, learning)})
         phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline)) + away + vae})
-    frozen = parameters * torch.finfo(base_dtype(config)).bits / 8
+    frozen = parameters * torch.finfo(base_dtype(config)).bits / 8 * (config.lora or "begin" not in phases)
     return Plan(
         unet_parameters=parameters,
         trained_parameters=trained,
@@ -194,10 +199,11 @@ def _step(
     gpu = GPU(DTYPES[config.mixed_precision] if config.mixed_precision != "no" else None)
     batch = _batch(pipeline, size, resolution)
     negative = _batch(pipeline, 1, resolution)[1]
-    objective = config.objective(pipeline.schedule, pipeline.prediction_type)
-    stage: Consistency | Finishing = Consistency(config, pipeline, negative, networks, objective)
+    stage: Stage = first_stage(config, pipeline, negative, networks)
     if "fake" in networks.roles:
         stage = finish_of(stage)
+    elif config.paths is not None:  # of one sub-path: the others' points are small beside what a UNet keeps
+        batch = torch.stack([batch[0]] * 2, 1), {**batch[1], "timesteps": torch.zeros(size, 2, dtype=torch.long)}
     losses, role = stage.losses(*batch, range(size)), "student"
     with gpu:
         while True:
@@ -264,6 +270,7 @@ def describe(config: Config, found: Plan) -> str:
         held.append(("in the finish: fake network, start, optimizer", found.finish, "fp32"))
     named = {
         "data": "while data are made",
+        "begin": "while the teacher is asked, before the first step",
         "step": f"forward and backward, batch {batch}",
         "finish": f"forward and backward of the finish, batch {batch}",
         "optimizer": "optimizer step",
@@ -278,7 +285,7 @@ def describe(config: Config, found: Plan) -> str:
         f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",
         "memory on the device that is held throughout training",
-        *map(_row, held),
+        *(_row(row) for row in held if row[1]),
         "peaks, with all of that",
         *map(_row, peaks),
         _row(("a card must have, with allocator and context", found.peak(batch), "")),

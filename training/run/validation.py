@@ -10,8 +10,10 @@ from torch import Tensor
 
 from splam_core import add_noise, draws, few_step_timesteps
 
+from ..data import TrainingData
 from ..models.pipeline import Conditioning, Pipeline
 from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function, teacher_function, teacher_path
+from .config import Config
 from .networks import Networks
 
 STEPS = 4  # the timesteps judged are those of four-step sampling
@@ -34,33 +36,25 @@ class Score:
 class Validation:
     """Held-out samples, noised to the timesteps of four-step sampling in turn, with the teacher's path from each."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        networks: Networks,
-        latents: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        skip: int,
-        seed: int,
-        batch_size: int,
-    ) -> None:
-        self.pipeline, self.networks, self.skip = pipeline, networks, skip
+    def __init__(self, config: Config, pipeline: Pipeline, networks: Networks, data: TrainingData) -> None:
+        """Asks the teacher, which is not needed any more after it."""
+        self.pipeline, self.networks, self.skip = pipeline, networks, config.skip
+        latents, conditioning = data.held_out(config.validation_samples)
         self.groups: list[tuple[int, Tensor, Tensor, Tensor, Conditioning]] = []
         negative = pipeline.unconditional()
-        step = math.gcd(SOLVER_SKIP, skip)  # so that x_s lies on the path
+        step = math.gcd(SOLVER_SKIP, self.skip)  # so that x_s lies on the path
         grid = few_step_timesteps(STEPS, num_train_timesteps=pipeline.schedule.num_train_timesteps).tolist()
-        noise = draws(seed + SEED_OFFSET, range(len(latents)), latents.shape[1:])[0].to(latents)
+        noise = draws(config.seed + SEED_OFFSET, range(len(latents)), latents.shape[1:])[0].to(latents)
         for place, t in enumerate(grid):
-            for chosen in torch.arange(len(latents))[place::STEPS].split(batch_size):
+            for chosen in torch.arange(len(latents))[place::STEPS].split(config.train_batch_size):
                 if not len(chosen):  # fewer samples than timesteps
                     continue
                 chosen = chosen.to(latents.device)
                 one = {key: value[chosen] for key, value in conditioning.items()}
                 x_t = add_noise(latents[chosen], noise[chosen], torch.tensor(t), pipeline.schedule)
-                teacher = teacher_function(pipeline, one, negative, guidance_scale)
+                teacher = teacher_function(pipeline, one, negative, config.guidance_scale)
                 path = teacher_path(teacher, x_t, t, pipeline.schedule, step)
-                self.groups.append((t, x_t, path[min(skip // step, len(path) - 1)], path[-1], one))
+                self.groups.append((t, x_t, path[min(self.skip // step, len(path) - 1)], path[-1], one))
 
     @torch.no_grad()
     def __call__(self, role: str) -> Score:
