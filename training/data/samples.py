@@ -319,6 +319,8 @@ class PreparedData(KnownData):
 
     def _read(self, folder: Path, pipeline: Pipeline, options: DataOptions) -> None:
         self.folder, self.meta = folder, read_meta(folder)
+        if "path_steps" in self.meta:
+            raise ValueError(f"{folder} holds paths of a teacher. Give it as --paths, without --data.")
         fingerprint = pipeline.fingerprint()
         if self.meta["fingerprint"] != fingerprint:
             raise ValueError(

@@ -270,7 +270,12 @@ def complete(given: dict[str, Any], planned: bool = False) -> Config:
             defaults |= {"learning_rate": LORA_LEARNING_RATE, **LORA_FINISH}
     if given.get("paths") is not None:  # where they are: a plan may be made elsewhere
         with contextlib.suppress(FileNotFoundError if planned else ()):
-            defaults["guidance_scale"] = read_path_meta(Path(given["paths"]))["guidance_scale"]
+            w = defaults["guidance_scale"] = read_path_meta(Path(given["paths"]))["guidance_scale"]
+            if given.get("guidance_scale", w) != w:
+                raise ValueError(
+                    f"--guidance-scale {given['guidance_scale']:g}: the paths of {given['paths']} have w {w:g}. Leave "
+                    "the flag away, or solve others."
+                )
     if given.get("skip", 0) > 0 and "solver_skip" not in given:  # whole steps, none longer than usual
         usual = defaults.get("solver_skip", Config.solver_skip)
         given["solver_skip"] = max(step for step in range(1, usual + 1) if given["skip"] % step == 0)
