@@ -1,7 +1,7 @@
 """What a training step costs beyond the UNet evaluations that it counts, and what kept paths are worth.
 
     python dev.py python -m benchmarks.training --json docs/results/performance.json
-    python dev.py python -m benchmarks.training --json docs/results/performance.json --only path-reuse --work-dir runs/paths
+    python dev.py python -m benchmarks.training --json FILE --only path-reuse --work-dir runs/paths    # goes on
 
 train-bound: the trainer's step against its counted evaluations (backward 2) times that of one bare UNet forward of the
 same batch, in turn; the ratio is bound/ours. train-vs-naive: the same step against Algorithm 1 as one would write it
