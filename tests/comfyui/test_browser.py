@@ -3,16 +3,19 @@ pictures that the HTTP API gives."""
 
 import io
 import itertools
+import json
 import os
 
 import pytest
 from PIL import Image
 
+from harness.graphs import save_image, text_to_image
 from harness.page import ComfyPage, browser
-from harness.server import to_api
+from harness.server import ROOT, to_api
 from harness.workflows import EMBEDDED, names, read
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+PROMPT = "a large green star above a small blue ring"
 LOADERS = {"SPLAMLoader", "SPLAMLoraLoader", "CheckpointLoaderSimple", "ControlNetLoader"}
 
 
@@ -58,6 +61,34 @@ def test_a_workflow_opens_whole(name, page, object_info):
     for node in nodes:
         for widget, value in found.get(str(node["id"]), {"inputs": {}})["inputs"].items():
             assert isinstance(value, list) or node["widgets"][widget] == value
+
+
+def test_the_blueprint_is_one_node_that_draws(page, server):
+    """As it comes out of the page's node library, with a picture saved from its one output."""
+    (file,) = (ROOT / "subgraphs").glob("*.json")
+    listed = [entry["name"] for entry in server.get("/global_subgraphs").values()]
+    assert file.stem in listed
+    graph = json.loads(file.read_text(encoding="utf-8"))
+    graph["nodes"].append({
+        "id": 2, "type": "SaveImage", "pos": [500, 0], "size": [360, 400], "flags": {}, "order": 1, "mode": 0,
+        "inputs": [{"name": "images", "type": "IMAGE", "link": 1}], "outputs": [], "widgets_values": ["blueprint"],
+    })  # fmt: skip
+    graph["nodes"][0]["outputs"][0]["links"], graph["links"] = [1], [[1, 1, 0, 2, 0, "IMAGE"]]
+    page.open(graph)
+    shown = page.nodes()[0]["widgets"]  # older pages put the inner node's number before a name
+    names_shown = {name.rpartition(" ")[2] for name in shown}
+    assert names_shown >= {"text", "model_name", "width", "height", "batch_size", "seed", "steps"}
+    page.driver.execute_script(
+        "app.graph.getNodeById(1).widgets.find(one => one.name.endsWith('text')).value = arguments[0]", PROMPT
+    )
+    asked = {node["class_type"]: node["inputs"] for node in page.to_api().values()}
+    page.run()
+    (found,) = page.pictures(2)
+    sampling = {name: asked["SPLAMSampler"][name] for name in ("seed", "steps")}
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    (file,) = server.files(server.run(save_image(text_to_image("embedded-student", PROMPT, **sampling))))
+    expected = Image.open(io.BytesIO(file)).convert("RGB")
+    assert asked["CLIPTextEncode"]["text"] == PROMPT and found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("name", names())

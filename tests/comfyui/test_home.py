@@ -247,7 +247,17 @@ def test_the_registry_gets_all_that_the_pack_needs():
     command = ["git", "-c", f"core.excludesFile={ROOT / '.comfyignore'}", "check-ignore", "--no-index", "--stdin", "-z"]
     run = subprocess.run(command, cwd=ROOT, input="\0".join(ours()), capture_output=True, text=True)
     left_out = set(filter(None, run.stdout.split("\0")))
-    needed = ("nodes/", "splam_core/", "assets/", "workflows/", "web/", "locales/", "scripts/", "training/")
+    needed = (
+        "nodes/",
+        "splam_core/",
+        "assets/",
+        "workflows/",
+        "subgraphs/",
+        "web/",
+        "locales/",
+        "scripts/",
+        "training/",
+    )
     files = ("__init__.py", "install.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md")
     assert [name for name in left_out if name.startswith(needed) or name in files] == []
     assert [name for name in ours() if name.startswith("tests/") and name not in left_out] == []
