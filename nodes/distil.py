@@ -249,14 +249,20 @@ class SPLAMDistil(io.ComfyNode):
                 start = [float(one.sum()) for one in begun.values()]
                 said = None if positive else read_prompts(prompts[0])
                 identity = run.identity(said, resolution[0], existing_lora[0], start, samples.identity())
-                method, finish = (
-                    Autosave(one, metadata(run, f"SPLAM LoRA, {one}", _family(host), cls.hidden.prompt))
-                    if one
-                    else None
-                    for one in (identity, run.finish_identity(identity))
+
+                def autosave(one: str) -> Autosave:
+                    return Autosave(one, metadata(run, f"SPLAM LoRA, {one}", _family(host), cls.hidden.prompt))
+
+                finish = run.finish_identity(identity)
+                work = Work(
+                    run,
+                    autosave(identity),
+                    autosave(finish) if finish else None,
+                    decoder,
+                    samples.shape,
+                    preview_every[0],
+                    autosave_every[0],
                 )
-                assert method is not None
-                work = Work(run, method, finish, decoder, samples.shape, preview_every[0], autosave_every[0])
                 work.go_on()
                 role = work.all_steps()
                 lora = as_lora(run.adapters, role)

@@ -41,7 +41,7 @@ from .data import DataOptions, at_resolution, default_spec, open_data, source_of
 from .data.base import FEW, cache_settings, check_skipped, encoder_of, is_drawn, sift
 from .data.latents import GROUP, META, NO_PROMPT, Encoder, Size, make, read_index, write_shard
 from .data.paths import PathPreparation, PathSettings
-from .data.samples import SHARDS, read_meta, shards_of
+from .data.samples import SHARDS, claim, shards_of
 from .data.sources import Listing, Record, Skip
 from .data.streams import StreamData
 from .files import write_whole
@@ -83,19 +83,9 @@ class Preparation:
     def _claim(self, settings: dict) -> None:
         """Write what the folder is of, or see that it is that already. Raises ValueError for another set's folder."""
         meta = {"spec": self.spec, "parts": self.parts, "shard_size": self.shard_size, **settings}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / META).is_file():
-            found = read_meta(self.folder)
-            wrong = [f"{key} {found.get(key)} (now {value})" for key, value in meta.items() if found.get(key) != value]
-            wrong = [one for one in wrong if not one.startswith("spec ")]  # a path may be written in several ways
-            if wrong:
-                raise ValueError(
-                    f"{self.folder} was begun with other settings or data: {', '.join(wrong)}. Take another "
-                    f"--output-dir, or the settings it was begun with."
-                )
-            return
-        write_whole(self.folder / NO_PROMPT, save(self.encoder.no_prompt()))
-        write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
+        if claim(self.folder, meta):
+            write_whole(self.folder / NO_PROMPT, save(self.encoder.no_prompt()))
+            write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
 
     def run(self) -> Iterator[str]:
         """Make what is missing; yields the name of each shard. Raises ValueError for too many bad records."""

@@ -10,8 +10,9 @@ from splam_core import add_noise, draws, solve_paths
 from splam_core.paths import draw_starts
 from training import distill, prepare
 from training.data import DataOptions, open_data
-from training.data.latents import GROUP
+from training.data.latents import GROUP, Made, read_sample, write_shard
 from training.data.paths import PathData
+from training.data.sources import Record
 from training.models.load import load_pipeline
 from training.run.config import parse
 from training.run.loop import Distillation
@@ -153,6 +154,24 @@ def test_a_flipped_byte_is_named(tiny_pipeline, prompts, tmp_path):
     tar.write_bytes(content)
     data = PathData(folder, load_pipeline(tiny_pipeline), DataOptions(), COUNT, 0)
     with pytest.raises(ValueError, match=r"000000-00000.tar is damaged .*SHA-256"):
+        data.batch(range(COUNT))
+
+
+@pytest.mark.parametrize("key, value", [("timesteps", torch.tensor([999, 5000, 3, 2, 0])), ("latents", torch.zeros(2))])
+def test_a_set_that_holds_something_else(tiny_pipeline, kept, tmp_path, key, value):
+    folder = tmp_path / "set"
+    shutil.copytree(kept, folder)
+    shard = "000000-00000"
+    rows = json.loads((folder / f"{shard}.json").read_text())["samples"]
+    samples = [read_sample(folder, shard, row["at"]) | {key: value} for row in rows]
+    good = [(number, Record(f"path {number}", "", lambda: None), one) for number, one in enumerate(samples)]
+    write_shard(folder, shard, Made(good, [], 0))
+    index = json.loads((folder / f"{shard}.json").read_text())
+    for row, before in zip(index["samples"], rows, strict=True):
+        row["shape"] = before["shape"]
+    (folder / f"{shard}.json").write_text(json.dumps(index))
+    data = PathData(folder, load_pipeline(tiny_pipeline), DataOptions(), COUNT, 0)
+    with pytest.raises(ValueError, match=r"000000-00000.tar holds no paths of 5 points"):
         data.batch(range(COUNT))
 
 

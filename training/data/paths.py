@@ -27,7 +27,7 @@ from ..models.sampling import guided_output
 from .base import TrainingData, unet_hash
 from .latents import GROUP, META, Made, Sample, read_index, read_sample, write_shard
 from .options import DataOptions
-from .samples import SHARDS, KnownData, damaged, read_meta, shards_of
+from .samples import SHARDS, KnownData, claim, damaged, read_meta, shards_of
 from .sources import Record, Skip
 
 
@@ -96,18 +96,8 @@ class PathPreparation:
             },
             "num_held_out": self.data.options.num_held_out,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / META).is_file():
-            found = read_meta(self.folder)
-            wrong = [f"{key} {found.get(key)} (now {value})" for key, value in meta.items() if found.get(key) != value]
-            wrong = [one for one in wrong if not one.startswith("spec ")]  # a path may be written in several ways
-            if wrong:
-                raise ValueError(
-                    f"{self.folder} was begun with other settings, teacher or data: {', '.join(wrong)}. Take another "
-                    f"--output-dir, or the settings it was begun with."
-                )
-            return
-        write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
+        if claim(self.folder, meta):
+            write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
 
     def run(self) -> Iterator[str]:
         """Solve what is missing; yields the name of each shard."""
@@ -192,6 +182,7 @@ class PathData(KnownData):
         super().__init__(str(folder), options, batch_size, seed, pipeline.device)
         self.folder = folder
         self.meta, self.whole = read_path_meta(folder), True
+        self._last = pipeline.schedule.num_train_timesteps
         with damaged(folder):
             self._read(pipeline)
 
@@ -229,7 +220,20 @@ class PathData(KnownData):
 
     def _get(self, number: int) -> Sample:
         shard, at, sha256 = self._rows[number]
-        return read_sample(self.folder, self.shards[shard], at, sha256)
+        sample = read_sample(self.folder, self.shards[shard], at, sha256)
+        points, timesteps = sample.get("latents"), sample.get("timesteps")
+        count = self.meta["path_steps"] + 1
+        if (
+            points is None
+            or timesteps is None
+            or (points.ndim, len(points), timesteps.shape, timesteps.dtype) != (4, count, (count,), torch.int64)
+            or not 0 <= timesteps.min() <= timesteps.max() < self._last
+        ):
+            raise ValueError(
+                f"{self.folder / self.shards[shard]}.tar holds no paths of {count} points with timesteps below "
+                f"{self._last}: delete it, and solve it again."
+            )
+        return sample
 
     def batch(self, indices: range) -> tuple[Tensor, Conditioning]:
         """See the class, and after `latents_alone` the ends of these paths [B, C, h, w] and their text embeddings."""

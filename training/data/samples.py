@@ -377,6 +377,23 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
+def claim(folder: Path, meta: dict) -> bool:
+    """Whether a set that is to be prepared is new; one that was begun must be of the same `meta`, but for its spec's
+    spelling. Makes the folder, and writes nothing into it. Raises ValueError for another set's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / META).is_file():
+        return True
+    found = read_meta(folder)
+    wrong = [f"{key} {found.get(key)} (now {value})" for key, value in meta.items() if found.get(key) != value]
+    wrong = [one for one in wrong if not one.startswith("spec ")]  # a path may be written in several ways
+    if wrong:
+        raise ValueError(
+            f"{folder} was begun with other settings or data: {', '.join(wrong)}. Take another --output-dir, "
+            f"or the settings it was begun with."
+        )
+    return False
+
+
 def shards_of(folder: Path, parts: range) -> Iterator[tuple[str, dict]]:
     """The shards of the finished parts, with their indices. Raises ValueError for one that is gone."""
     for part in parts:
