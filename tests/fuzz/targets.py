@@ -24,9 +24,12 @@ from harness.hostile import (
 from harness.reference import write_pipeline
 from splam_core import lora_to_kohya
 from splam_webui.convert import convert
+from training.data import open_data
 from training.data.base import sift
 from training.data.images import load_picture
+from training.data.latents import GROUP
 from training.data.options import DataOptions
+from training.data.paths import PathData, PathPreparation, PathSettings
 from training.data.samples import PreparedData
 from training.data.sources import Skip, open_source
 from training.export import export
@@ -159,7 +162,14 @@ def training_targets(corpus: Corpus) -> list[Target]:
 
 
 def data_targets(corpus: Corpus) -> list[Target]:
-    return [_pictures(corpus), _folder(corpus), _tars(corpus), _preparation(corpus), _prepared(corpus)]
+    return [
+        _pictures(corpus),
+        _folder(corpus),
+        _tars(corpus),
+        _preparation(corpus),
+        _prepared(corpus),
+        _kept_paths(corpus),
+    ]
 
 
 def webui_targets(corpus: Corpus) -> list[Target]:
@@ -342,3 +352,26 @@ def _prepared(corpus: Corpus) -> Target:
         data.held_out(2)
 
     return Target("prepared set", files, train)
+
+
+def _kept_paths(corpus: Corpus) -> Target:
+    pipeline, folder = _small_pipeline(corpus), corpus.folder / "paths"
+    options = DataOptions(resolution=128, num_held_out=1, cache_latents=False)
+    pictures = corpus.folder / "path-source"
+    pictures.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (128, 128), f"#{name}0{name}0{name}0").save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"picture {name}")
+    data = open_data(str(pictures), pipeline, options, GROUP, 1)
+    settings = PathSettings(paths=4, path_steps=2, guidance_scale=1.0)
+    list(PathPreparation(data, pipeline, settings, folder).run())
+    kinds = {".tar": mutated_tar, ".json": mutated_json}
+    files = {file: kinds[file.suffix] for file in sorted(folder.iterdir())}
+
+    def train():
+        found = PathData(folder, pipeline, options, 2, 0)
+        found.batch(range(2))
+        found.held_out(2)
+        found.describe()
+
+    return Target("kept paths", files, train)

@@ -36,6 +36,7 @@ FOUND = {
     "statistics": (10042,),
     "captions": (10143, 10145, 10320),
     "prepared set": (11, 13, 14, 15, 17, 20, 24, 37, 10015, 10105, 10530),
+    "kept paths": (10161,),
     "conversion of a file": (2, 50),
     "conversion of shards on a base": (4,),
 }

@@ -213,6 +213,8 @@ class PathData(KnownData):
                     self._rows.append((len(self.shards), row["at"], row["sha256"]))
                 self.shards.append(shard)
                 self.skipped += [Skip(*one) for one in index["skipped"]]
+        if not buckets:
+            raise ValueError(f"{folder} holds no paths to train on: its files do not fit together. Solve them again.")
         self._held = torch.tensor(held)
         self._buckets = [torch.tensor(ids) for _, ids in sorted(buckets.items())]
         self._order = Order([len(ids) for ids in self._buckets], self.batch_size, self.seed)
