@@ -45,9 +45,12 @@ SAMPLES, PICTURES = 64, 128  # of an endpoint error, of a score
 PARTS = ("train-bound", "train-vs-naive", "path-reuse")
 
 
-def trainer(**settings: Any) -> Distillation:
-    """A run of the embedded teacher, fp32 throughout, so that each of its evaluations costs what a bare one does."""
-    given = {"teacher": "embedded", "output_dir": Path("unused"), "teacher_dtype": "fp32", "train_batch_size": BATCH}
+def trainer(folder: Path, **settings: Any) -> Distillation:
+    """A run of the embedded teacher, fp32 throughout, so that each of its evaluations costs what a bare one does.
+
+    folder: where its checkpoints go.
+    """
+    given = {"teacher": "embedded", "output_dir": folder, "teacher_dtype": "fp32", "train_batch_size": BATCH}
     plain = {"validation_samples": 0, "sample_every": 0, "checkpointing_steps": 10**9, "report_to": "none"}
     config = complete({**given, **plain, **settings})
     return Distillation(config, load_pipeline(config.teacher), Accelerator(cpu=True))
@@ -103,11 +106,11 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - since
 
 
-def step_rows(parts: set[str], repeats: int) -> list[dict]:
+def step_rows(parts: set[str], repeats: int, folder: Path) -> list[dict]:
     """train-bound and train-vs-naive, whole weights and LoRA; all that is timed comes in turn."""
     rows = []
     for shape, settings in (("embedded, whole", {}), ("embedded, LoRA 64", {"lora": True})):
-        run = trainer(max_train_steps=10 * repeats + 10, **settings)
+        run = trainer(folder, max_train_steps=10 * repeats + 10, **settings)
         steps, other = run.train(), naive(run)
         latents, conditioning = run.data.batch(range(BATCH))
         unet, t = load_pipeline("embedded").unet, torch.full((BATCH,), 499)
@@ -173,7 +176,9 @@ def scored(work: Path, yardstick: Yardstick, name: str, settings: dict[str, Any]
     probe = complete({"teacher": "embedded", **settings})
     updates = (budget - spent) // (probe.unet_forwards_per_sample * BATCH)
     warm = max(1, updates // 20)
-    run = trainer(max_train_steps=updates, lr_warmup_steps=warm, release_decay=0.0, num_scenes=2048, **settings)
+    run = trainer(
+        work / "unused", max_train_steps=updates, lr_warmup_steps=warm, release_decay=0.0, num_scenes=2048, **settings
+    )
     for _ in run.train():
         pass
     with run.networks.use("target") as unet:
@@ -202,10 +207,12 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="where path-reuse keeps what is done (none: nowhere)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = step_rows(set(options.only), options.repeats) if set(options.only) - {"path-reuse"} else []
-    if "path-reuse" in options.only:
-        with tempfile.TemporaryDirectory() as folder:
-            work = options.work_dir or Path(folder)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        if set(options.only) - {"path-reuse"}:
+            rows += step_rows(set(options.only), options.repeats, Path(temporary))
+        if "path-reuse" in options.only:
+            work = options.work_dir or Path(temporary)
             work.mkdir(parents=True, exist_ok=True)
             rows += path_rows(work, options.budget)
     write_rows(options.json, rows)
