@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from statistics import quantiles
 
@@ -40,14 +41,13 @@ from splam_core import Denoiser, few_step_timesteps, renoise_generator, sample
 from splam_core.nag import Nag, normalized_attention
 from training.models.load import load_pipeline
 from training.models.sampling import generate, guided_output
-from training.models.teachers import ASSETS
-from training.scenes.judge import load_judge, shows
+from training.scenes.judge import shows
 from training.scenes.shapes import SHAPES, Caption, Placed, Thing
-from training.scoring.embedded_scores import coarse, features
+from training.scoring.variety import OPEN_PROMPTS, OPEN_SIZE, embedded_judge, spread
 
 from .parity import SHAPES as UNETS
 
-STEPS, SIZE = 4, "large"
+STEPS, SIZE = 4, OPEN_SIZE
 SETTINGS = [Nag(), Nag(3.0, alpha=0.5), Nag(5.0, alpha=0.5), Nag(8.0, alpha=0.5)]
 DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
 
@@ -83,7 +83,7 @@ def with_attention(unet: UNet2DConditionModel) -> Attention:
 @torch.no_grad()
 def negation(seeds: int, report: Callable[[str], None] = print) -> dict:
     """Shares over the eight shapes and `seeds` pictures of each."""
-    pipeline, judge = load_pipeline("embedded-student", torch.device("cpu")), load_judge(ASSETS / "judge.safetensors")
+    pipeline, judge = load_pipeline("embedded-student", torch.device("cpu")), embedded_judge()
     attention = with_attention(pipeline.unet)
 
     def draw(prompts: list[str]) -> list[list[Placed]]:
@@ -225,10 +225,9 @@ def variety(seeds: int) -> dict[str, float]:
     """How far pictures of one prompt lie apart over seeds: of the student (4 steps), of its teacher (DDIM, 20, w 3),
     and of the student after a first step by the teacher at w 3 (`teacher_first`).
 
-    Means over pairs of one prompt's pictures and over the eight prompts, which leave the colour open: `spread` of
-    pixels averaged to 32x32 (root mean square, in [-1, 1]), `spread_features` of the judge's pooled features, and
-    `spread_colours`, the share of pairs in which it sees different colours. `spread_accuracy`: pictures with one object
-    of the prompt's size and shape.
+    `spread` and `spread_features` are those of training/scoring/variety.py. `spread_colours`: the share of pairs of one
+    prompt's pictures in which the judge sees different colours; the prompts leave it open. `spread_accuracy`: pictures
+    with one object of the prompt's size and shape.
     """
     teacher, student = (load_pipeline(f"embedded-{name}", torch.device("cpu")) for name in ("teacher", "student"))
 
@@ -252,24 +251,24 @@ def variety(seeds: int) -> dict[str, float]:
         "student": lambda *of: generate(student, *of, "splam", STEPS, 1.0, seeds),
         "teacher_first": teacher_first,
     }
-    judge, found = load_judge(ASSETS / "judge.safetensors"), {}
+    judge, found = embedded_judge(), {}
     for name, draw in draws.items():
-        pixels, deep, colours, right = [], [], [], []
-        for shape in SHAPES:
-            latents = draw([f"a {SIZE} {shape}"] * seeds, list(range(seeds)))
-            pictures = student.decode(latents).clamp(-1, 1).float()
-            pairs = torch.triu_indices(seeds, seeds, 1)
-            for space, distances in ((coarse(pictures), pixels), (features(judge, pictures), deep)):
-                apart = (space[pairs[0]] - space[pairs[1]]).square().mean(dim=1).sqrt()
-                distances.append(apart.mean().item())
-            detected = judge.detect(pictures)
+        drawn: list[torch.Tensor] = []
+
+        def pictures(*of, draw=draw, drawn=drawn) -> torch.Tensor:
+            drawn.append(student.decode(draw(*of)).float())
+            return drawn[-1]
+
+        apart = spread(pictures, OPEN_PROMPTS, range(seeds), judge)
+        colours, right = [], []
+        for shape, some in zip(SHAPES, drawn, strict=True):
+            detected = judge.detect(some)
             right += [[(one.thing.size, one.thing.shape) for one in placed] == [(SIZE, shape)] for placed in detected]
             seen = [placed[0].thing.colour if placed else None for placed in detected]
-            differ = [seen[a] != seen[b] for a, b in pairs.T.tolist()]
+            differ = [a != b for a, b in combinations(seen, 2)]
             colours.append(sum(differ) / len(differ))
         found |= {
-            f"spread_{name}": sum(pixels) / len(pixels),
-            f"spread_features_{name}": sum(deep) / len(deep),
+            **{f"{key}_{name}": value for key, value in apart.items()},
             f"spread_colours_{name}": sum(colours) / len(colours),
             f"spread_accuracy_{name}": sum(right) / len(right),
         }

@@ -103,7 +103,11 @@ def _beside(run: Distillation, stop: StopRequest) -> None:
     if run.networks.sharded:
         if scores is None and config.validation_samples:
             scores = run.validate()
-        run.networks.export(_best(scores))
+        role = _best(scores)
+        if sheets:
+            with run.accelerator.autocast():
+                sheets.spread(role)
+        run.networks.export(role)
 
 
 def _best(scores: dict[str, Score] | None) -> str:
@@ -156,10 +160,14 @@ def _watched(run: Distillation, stop: StopRequest) -> None:
                 trackers.sheet(sheet, progress.step)
     if scores is None and config.validation_samples:  # resumed after the last step
         scores = run.validate()
-    role = _best(scores)
+    role, spread = _best(scores), {}
+    if sheets:
+        with run.accelerator.autocast():
+            spread = sheets.spread(role)
     sheets = None
     sheet = sheet or max(out.glob("sheet-*.png"), default=None)
-    finish(run, role, {} if scores is None else {name: score.loss for name, score in scores.items()}, sheet)
+    losses = {} if scores is None else {name: score.loss for name, score in scores.items()}
+    finish(run, role, losses, spread, sheet)
 
 
 def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -8,7 +8,8 @@
 The `embedded` protocol draws captions of the procedural scenes (half of one object, half of two), or takes those of
 --captions; a small detector says which pictures show exactly their caption. The other protocols take captions and
 reference pictures by path and give FID, KID, precision, recall and the CLIP score. With --output-dir the pictures are
-kept, and a run that was stopped goes on. --curves adds endpoint error and delta(t, k). docs/evaluation.md explains all.
+kept, and a run that was stopped goes on. --curves adds endpoint error and delta(t, k), --variety the spread over seeds.
+docs/evaluation.md explains all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if __package__ in (None, ""):  # run by path
 from .flags import add_flags, given_flags
 from .models.sampling import unet_evaluations
 from .scoring import report
-from .scoring.drawing import Drawn, draw, load_model, measure_curves
+from .scoring.drawing import Drawn, draw, load_model, measure_curves, measure_variety
 from .scoring.embedded_scores import scores_of
 from .scoring.perceptual import (
     ReferenceSet,
@@ -65,9 +66,11 @@ def evaluate(request: Request) -> dict | None:
             "unet_evaluations_per_image": drawn.evaluations,
             "seconds_per_image": drawn.seconds_per_image,
         }
-    if request.curves:
+    if request.curves or request.variety:
         pipeline = drawn.pipeline if drawn else load_model(request)
-        result |= measure_curves(request, pipeline)
+        for asked, measure in ((request.curves, measure_curves), (request.variety, measure_variety)):
+            if asked:
+                result |= measure(request, pipeline)
     described = ("seed", "model", "sampler", "steps", "guidance_scale", "protocol", "batch_size", "device", "dtype")
     result |= {name: getattr(request, name) for name in described}
     result |= {"image_size": size_of(request), "lora": str(request.lora) if request.lora else None}

@@ -1,6 +1,7 @@
 """The student starts as the teacher, a resumed run is the same run, and what comes out is plain Stable Diffusion."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,8 @@ def test_what_a_person_sees(small, tiny_pipeline, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "best" / "student.safetensors").is_file()
     card = (tmp_path / "README.md").read_text()
     assert "mine.splam.safetensors" in card and "sheet-000002.png" in card and str(tiny_pipeline) not in card
+    assert re.search(r"spread over seeds, pixels \| 0\.\d+ \(the teacher's 0\.\d+\)", card)
+    assert "Less than the\nteacher's is less variety." in card
     graph = json.loads((tmp_path / "mine.workflow.json").read_text())
     loader = next(node for node in graph["nodes"] if node["type"] == "SPLAMLoader")
     assert loader["widgets_values"][0] == "mine.splam.safetensors"

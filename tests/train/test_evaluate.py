@@ -26,6 +26,7 @@ from training.scoring.drawing import draw, load_model
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
 from training.scoring.pictures import read_picture
 from training.scoring.request import Request
+from training.scoring.variety import spread
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -363,6 +364,38 @@ def test_curves_of_the_shipped_models(tmp_path):
     assert [plot.name for plot in report.save_plots([student, teacher], tmp_path)] == ["curves.png"]
 
 
+def test_spread_is_the_mean_distance_of_pairs_within_a_prompt():
+    """By hand: grey pictures of the levels 0, 0.5 and 1; those of two prompts are not compared with one another."""
+    levels = {"a": (0.0, 0.5, 1.0), "b": (-1.0, -1.0, -1.0)}
+
+    def grey(prompts, seeds):
+        return torch.stack(
+            [torch.full((3, 64, 64), levels[one][seed]) for one, seed in zip(prompts, seeds, strict=True)]
+        )
+
+    assert spread(grey, ["a"], range(3)) == {"spread": pytest.approx((0.5 + 0.5 + 1.0) / 3)}
+    assert spread(grey, ["a", "b"], range(3))["spread"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="two seeds or more of each prompt, got 1"):
+        spread(grey, ["a"], range(1))
+
+
+def test_variety_stands_in_results_and_tables(tiny_pipeline, tmp_path):
+    """In the embedded protocol with the judge's features; of any model in pixels, beside the teacher that was named."""
+    common = {"num_images": 0, "variety": 2, "steps": 1}
+    ours = evaluate(Request("embedded-student", **common))
+    names = ("spread", "spread_features", "spread_teacher", "spread_features_teacher")
+    assert all(ours[name] > 0 for name in names) and ours["variety_seeds"] == 2
+    text = report.markdown([ours])
+    assert all(f" {ours[name]:.3f} |" in text for name in names) and "spread over seeds, pixels" in text
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a picture of {number}" for number in range(8)), encoding="utf-8")
+    common |= {"protocol": "coco2017-5k", "prompts": prompts, "image_size": 64}
+    tiny = evaluate(Request(str(tiny_pipeline), **common))
+    assert tiny["spread"] > 0 and not {"spread_features", "spread_teacher"} & tiny.keys()
+    tiny = evaluate(Request(str(tiny_pipeline), teacher=str(tiny_pipeline), **common))
+    assert tiny["spread_teacher"] > 0 and "spread_features_teacher" not in tiny
+
+
 def test_the_published_results_can_be_compared(tmp_path, capsys):
     published = ROOT / "docs" / "results" / "embedded.json"
     assert main(["--compare", str(published), "--plots", str(tmp_path)]) == 0
@@ -381,6 +414,8 @@ def test_the_published_results_can_be_compared(tmp_path, capsys):
         (["--model", "nowhere"], "holds no model"),
         (["--model", "embedded-student", "--steps", "51"], "do not fit"),
         (["--model", "embedded-student", "--prompts", __file__], "line 1: "),
+        (["--model", "embedded-student", "--variety", "1"], "--variety must be 2 seeds or more, got 1"),
+        (["--model", "renders", "--variety"], "without --curves and without --variety"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, message, capsys):

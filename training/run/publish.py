@@ -18,16 +18,26 @@ from ..models.load import read_teacher
 from ..models.lora import file_and_weight, joined, merged, named_with_weight, save_lora, with_loras
 from ..models.pipeline import DTYPES, weights_hash
 from ..models.teachers import resolve
+from ..scoring.variety import TEACHER_STEPS
 from .checkpoints import explain_write_error
 from .config import Config
 from .loop import Distillation
-from .report import sample_prompts, save_curves
+from .report import SPREAD_SEEDS, sample_prompts, save_curves
 
+SPREAD = f"""
+Spread over seeds is how far {SPREAD_SEEDS} pictures of one prompt lie apart: the RMS distance of pairs in pixels
+averaged to 32x32, in [-1, 1], of the student with 4 steps and of its teacher with {TEACHER_STEPS}. Less than the
+teacher's is less variety.
+"""
 WORKFLOW = shipped("workflows") / "splam_txt2img.json"
 
 
-def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path | None) -> None:
+def finish(
+    run: Distillation, role: str, losses: dict[str, float], spread: dict[str, float], sheet: Path | None
+) -> None:
     """The student on disk in every form, with its card and workflow.
+
+    losses: by role; spread: that of `Sheets.spread`, or nothing.
 
     Raises CheckpointError, after removing all of them, where one cannot be written; the checkpoints stay.
     """
@@ -66,6 +76,11 @@ def finish(run: Distillation, role: str, losses: dict[str, float], sheet: Path |
         "exported": role,
         **{f"validation loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
         "best validation": f"{best['loss']:.4f} at step {best['step']} (best/)" if best else None,
+        **{
+            f"spread over seeds, {what}": f"{spread[key]:.3f} (the teacher's {spread[f'{key}_teacher']:.3f})"
+            for key, what in (("spread", "pixels"), ("spread_features", "features of the detector"))
+            if key in spread
+        },
         "LoRAs on the teacher": metadata.get("splam.teacher_lora"),
         "the LoRA holds": {None: None, "speed": "speed alone", "both": "speed and the teacher's LoRAs"}[
             metadata.get("splam.lora_holds")
@@ -128,7 +143,7 @@ Data: {data}
 Validation loss is the RMS distance, in latents of unit scale, between the student's prediction and the end of the
 teacher's own guided path from the same noise, at the timesteps of four-step sampling, on samples that were not trained
 on. All settings are in `config.json`.
-
+{SPREAD if any("spread" in key for key in result) else ""}
 ![curves](curves.png)
 """
     if sheet is not None:

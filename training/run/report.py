@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..files import read_lines, write_whole
 from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..pictures import save_sheet, to_images
 from ..scenes.shapes import scene
+from ..scoring.variety import OPEN_PROMPTS, TEACHER_STEPS, embedded_judge, spread
 from .config import Config
 from .networks import Networks
 from .validation import Score
 
 PROMPTS = 8
 STEPS = (1, 2, 4, 8)
+SPREAD_SEEDS = 4
 SAMPLE_PROMPTS = (
     "a red fox asleep in fresh snow, soft morning light",
     "a lighthouse on a cliff in a storm, oil painting",
@@ -43,30 +46,51 @@ def sample_prompts(config: Config) -> list[str]:
         if not prompts:
             raise ValueError(f"--sample-prompts {config.sample_prompts}: expected prompts, one a line; it has none")
         return prompts
-    if config.teacher in ("embedded", "embedded-teacher"):
+    if is_embedded(config):
         return [str(scene(config.seed + 2, index)[1]) for index in range(PROMPTS)]
     return list(SAMPLE_PROMPTS)
+
+
+def is_embedded(config: Config) -> bool:
+    return config.teacher in ("embedded", "embedded-teacher")
 
 
 class Sheets:
     """Sheets of the same prompts and seeds over a run; the teacher's column is drawn once."""
 
     def __init__(self, config: Config, pipeline: Pipeline, networks: Networks) -> None:
-        self.pipeline, self.networks, self.prompts = pipeline, networks, sample_prompts(config)
+        self.config, self.pipeline, self.networks = config, pipeline, networks
+        self.prompts = sample_prompts(config)
         self.batch_size = max(1, min(64, config.train_batch_size))
         self.teacher = self._draw("teacher", "ddim", 50, config.guidance_scale)
 
-    def _draw(self, role: str, sampler: str, steps: int, guidance_scale: float = 1.0) -> list[Image.Image]:
+    def _draw(self, role: str, *how) -> list[Image.Image]:
+        return to_images(self._pictures(role, self.prompts, range(len(self.prompts)), *how))
+
+    def _pictures(
+        self, role: str, prompts: Sequence[str], seeds: Sequence[int], sampler: str, steps: int, w: float = 1.0
+    ) -> Tensor:
+        """[B, 3, H, W] in [-1, 1]."""
         pipeline, home = self.pipeline, self.pipeline.vae.device
         with self.networks.use(role) as unet:
-            drawn, seeds = replace(pipeline, unet=unet), range(len(self.prompts))
-            latents = generate(drawn, self.prompts, seeds, sampler, steps, guidance_scale, self.batch_size)
+            latents = generate(replace(pipeline, unet=unet), prompts, seeds, sampler, steps, w, self.batch_size)
         # Text encoders that are not in use stay where they are; the VAE comes when the UNet's activations have gone.
         pipeline.vae.to(pipeline.device)
         try:
-            return to_images(pipeline.decode(latents))
+            return pipeline.decode(latents)
         finally:
             pipeline.vae.to(home)
+
+    def spread(self, role: str = "target") -> dict[str, float]:
+        """Over four seeds of each prompt: of the student in four steps, and, under "_teacher", of its teacher."""
+        embedded = is_embedded(self.config)
+        prompts, judge = (OPEN_PROMPTS, embedded_judge()) if embedded else (self.prompts, None)
+
+        def spread_of(role: str, *how) -> dict[str, float]:
+            return spread(lambda *of: self._pictures(role, *of, *how), prompts, range(SPREAD_SEEDS), judge)
+
+        theirs = spread_of("teacher", "ddim", TEACHER_STEPS, self.config.guidance_scale)
+        return spread_of(role, "splam", 4) | {f"{name}_teacher": value for name, value in theirs.items()}
 
     def save(self, path: Path | None, role: str = "target") -> None:
         """None: draw only, for a process that sharded networks need."""

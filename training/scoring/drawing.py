@@ -18,7 +18,7 @@ from ..models.load import load_pipeline
 from ..models.lora import merged, read_lora
 from ..models.pipeline import DTYPES, Pipeline, weights_hash
 from ..models.sampling import generate, unet_evaluations
-from ..models.teachers import EMBEDDED
+from ..models.teachers import EMBEDDED, NAMED
 from ..pictures import to_uint8
 from ..scenes.shapes import Caption
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
@@ -26,6 +26,7 @@ from .embedded_scores import drawn_captions, rendered
 from .pictures import PictureFolder, Source, batches_of
 from .protocols import protocol_captions
 from .request import SCENE_SOURCES, Request, device_of, share_of, size_of
+from .variety import OPEN_PROMPTS, TEACHER_STEPS, embedded_judge, spread
 
 TIMINGS = "timings.jsonl"
 SEED_STRIDE = 1_000_003  # seeds of two runs do not meet before as many pictures
@@ -201,6 +202,33 @@ def measure_curves(request: Request, pipeline: Pipeline) -> dict:
         "teacher": request.teacher,
         "teacher_guidance_scale": w,
     }
+
+
+def measure_variety(request: Request, pipeline: Pipeline) -> dict:
+    """`spread` of the pipeline over request.variety seeds, and, under "_teacher", that of the teacher (DDIM).
+
+    The embedded protocol has its own prompts, and the judge's features; another one's are its first captions, and its
+    teacher is the one that was named.
+    """
+    embedded = request.protocol == "embedded"
+    prompts = OPEN_PROMPTS if embedded else protocol_captions(request.protocol, request.prompts, len(OPEN_PROMPTS))
+    judge, size = embedded_judge() if embedded else None, size_of(request)
+    seeds = [request.seed * SEED_STRIDE + index for index in range(request.variety)]
+
+    def spread_of(model: Pipeline, sampler: str, steps: int, w: float) -> dict[str, float]:
+        def pictures(prompts: list[str], seeds: list[int]) -> Tensor:
+            return model.decode(generate(model, prompts, seeds, sampler, steps, w, request.batch_size, size))
+
+        return spread(pictures, tqdm(prompts, desc="variety", disable=None), seeds, judge)
+
+    found = spread_of(pipeline, request.sampler, request.steps, request.guidance_scale)
+    found["variety_seeds"] = request.variety
+    if embedded or request.teacher not in NAMED:
+        teacher = load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype])
+        theirs = spread_of(teacher, "ddim", TEACHER_STEPS, request.teacher_guidance_scale)
+        found |= {f"{name}_teacher": value for name, value in theirs.items()}
+        found |= {"teacher": request.teacher, "teacher_guidance_scale": request.teacher_guidance_scale}
+    return found
 
 
 def curve_captions(request: Request) -> list[str] | list[Caption]:

@@ -38,6 +38,10 @@ COLUMNS = {
     "frechet_distance_floor": Column("floor", 0),
     "nearest_training_ratio_features": Column("nearest training scene, ratio", 0, ".2f"),
     "nearest_training_copies_features": Column("copies, %", 0, ".1f", 100),
+    "spread": Column("spread over seeds, pixels", 0),
+    "spread_teacher": Column("of the teacher", 0),
+    "spread_features": Column("spread, features", 0),
+    "spread_features_teacher": Column("of the teacher", 0),
 }
 BY_STEPS = ("fid", "clip_score", "attribute_accuracy", "frechet_distance")  # what the paper's Table 1 sets by steps
 NOTE = (

@@ -18,6 +18,7 @@ from ..models.teachers import NAMED, resolve
 from .embedded_scores import drawn_captions, read_scene_captions
 from .perceptual import clip_weights, inception_weights
 from .protocols import PROTOCOLS, protocol_captions
+from .variety import SEEDS
 
 SCENE_SOURCES = ("renders", "reconstructions")
 
@@ -72,8 +73,17 @@ class Request:
         metavar="N",
         const=128,
     )
-    teacher: str = flag("embedded-teacher", "whose guided paths the endpoint error follows")
-    teacher_guidance_scale: float = flag(3.0, "w of those paths")
+    variety: int = flag(
+        0,
+        f"how far pictures of N seeds ({SEEDS}) of one prompt lie apart, beside the teacher's, over eight prompts; "
+        f"--num-images 0 leaves the other scores out",
+        metavar="N",
+        const=SEEDS,
+    )
+    teacher: str = flag(
+        "embedded-teacher", "whose guided paths the endpoint error follows, and whose spread stands beside the model's"
+    )
+    teacher_guidance_scale: float = flag(3.0, "its w")
     label: str | None = flag(None, "the method's name in tables")
 
 
@@ -86,22 +96,27 @@ GROUPS = {
     ),
     "scores": (
         "scores", "reference", "save_reference", "inception_weights", "clip_model", "clip_pretrained", "clip_weights",
-        "curves", "teacher", "teacher_guidance_scale",
+        "curves", "variety", "teacher", "teacher_guidance_scale",
     ),
 }  # fmt: skip
 
 
 def check(request: Request) -> None:
     """What can be said of a request before anything is drawn, or loaded."""
-    if request.num_images is not None and request.num_images < 2 and not (request.num_images == 0 and request.curves):
-        raise ValueError(f"--num-images must be 2 or more (0 with --curves), got {request.num_images}")
+    measured = request.curves or request.variety
+    if request.num_images is not None and request.num_images < 2 and not (request.num_images == 0 and measured):
+        raise ValueError(f"--num-images must be 2 or more (0 with --curves or --variety), got {request.num_images}")
+    if request.variety < 0 or request.variety == 1:
+        raise ValueError(f"--variety must be 2 seeds or more, got {request.variety}")
     if request.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, got {request.batch_size}")
     if request.sampler in ("splam", "lcm"):
         few_step_timesteps(request.steps)
     if request.model in SCENE_SOURCES:
-        if request.protocol != "embedded" or request.curves:
-            raise ValueError(f"--model {request.model} is of --protocol embedded, without --curves")
+        if request.protocol != "embedded" or measured:
+            raise ValueError(
+                f"--model {request.model} is of --protocol embedded, without --curves and without --variety"
+            )
     else:
         resolve(request.model)
     if request.protocol == "embedded" or request.num_images == 0:
