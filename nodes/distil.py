@@ -16,7 +16,7 @@ from .distilling.run import Run, Settings
 from .distilling.samples import Samples
 from .distilling.work import Work
 from .host import Clip, Conditioning, Latent, Model, Vae
-from .options import advanced, check_choice
+from .options import advanced, check_choice, search_aliases
 from .parametrisation import as_consistency_model
 from .sockets import connected
 
@@ -35,6 +35,7 @@ class SPLAMDistil(io.ComfyNode):
                 "the teacher draws its own pictures of the prompts. Cancel keeps what was learned; queueing the same "
                 "graph goes on."
             ),
+            **search_aliases("distill", "distillation", "train LoRA", "LCM LoRA", "few steps"),
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: any Stable Diffusion 1.x, 2.x or XL, LoRAs and all."),

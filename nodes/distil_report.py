@@ -15,6 +15,7 @@ from .distilling.judging import endpoint_error, teacher_ends
 from .distilling.pictures import sheet, student_latents, teacher_latents, to_images, to_tensor
 from .distilling.prompts import read_prompts
 from .host import Clip, Conditioning, Model, Vae
+from .options import search_aliases
 from .sockets import connected
 
 NAME = "SPLAM Distil Report"
@@ -33,6 +34,7 @@ class SPLAMDistilReport(io.ComfyNode):
                 "How good a distilled model is: the teacher at many steps beside the student at 1, 2, 4 and 8, for the "
                 "same prompts and seeds, with the endpoint error and the loss curve, as one labelled picture."
             ),
+            **search_aliases("distillation report", "compare steps", "loss curve"),
             inputs=[
                 io.Model.Input("teacher", tooltip="The model that was distilled."),
                 io.Model.Input("student", tooltip="The same with its few-step LoRA: of SPLAM Distil, or any loader."),

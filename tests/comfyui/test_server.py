@@ -34,6 +34,16 @@ def test_every_input_has_a_tooltip_and_every_node_a_help_page(server):
                 assert spec[1].get("tooltip"), (name, socket)
 
 
+def test_every_node_has_other_names_for_the_pages_search(server):
+    """Which ComfyUI 0.3.75 does not know: there the source alone says it."""
+    info = server.get("/object_info")
+    for file in (ROOT / "nodes").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("**search_aliases(") == text.count("return io.Schema("), file.name
+    if any(node.get("search_aliases") for name, node in info.items() if not name.startswith("SPLAM")):
+        assert all(node["search_aliases"] for name, node in info.items() if name.startswith("SPLAM"))
+
+
 def test_help_pages_are_served(server):
     extensions = server.get("/extensions")
     assert isinstance(extensions, list)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.comfyui
 NOTES = ("Note", "MarkdownNote")
 # Inputs that name a file of the user's: the machine need not have it, but a note must say where it goes.
 MODEL_FILES = {"model_name", "ckpt_name", "lora_name", "control_net_name"}
+TITLES = {"splam_steps_comparison": "All four"}  # of the picture that a workflow is for; else Result
 EMBEDDED_UNET = ROOT / "assets" / "embedded" / "student" / "diffusion_pytorch_model.safetensors"
 EMBEDDED_VAE = ROOT / "assets" / "embedded" / "vae" / "diffusion_pytorch_model.safetensors"
 
@@ -174,6 +175,23 @@ def test_no_widget_is_stale(name, object_info):
                 widget,
                 value,
             )
+
+
+WITHOUT_APP = {"splam_sampler_custom_advanced", "splam_vs_lcm"}  # of the graph itself: nothing to fill in
+
+
+@pytest.mark.parametrize("name", sorted({*names()} - WITHOUT_APP))
+def test_app_mode_shows_widgets_and_pictures_that_are_there(name, object_info):
+    """`linearData`, as ComfyUI's page stores it: [node, widget] of the panel, nodes whose pictures it shows."""
+    workflow = read(name)
+    nodes, app = {str(node["id"]): node for node in workflow["nodes"]}, workflow["extra"]["linearData"]
+    assert workflow["extra"]["linearMode"] is False  # opens as a graph
+    assert app["inputs"] and app["outputs"] and len({*map(tuple, app["inputs"])}) == len(app["inputs"])
+    for node, widget in app["inputs"]:
+        assert widget in {one for one, _, _ in widgets(nodes[node], object_info)}
+        assert widget not in {socket["name"] for socket in nodes[node]["inputs"] if socket["link"] is not None}
+    assert all(object_info[nodes[node]["type"]]["output_node"] for node in app["outputs"])
+    assert str(node_titled(workflow, TITLES.get(name, "Result"))["id"]) in app["outputs"]
 
 
 @pytest.mark.parametrize("name", names())
