@@ -188,6 +188,10 @@ def test_clip_under_its_old_names_without_text_model(make_unet):
 def test_numbers_that_are_none_are_found(dtype):
     good = {"empty": torch.zeros(0, dtype=dtype), "good": torch.randn(3, 4).to(dtype), "count": torch.tensor(3)}
     assert not_finite(good) is None
+    # Sums beyond the largest number, of numbers only.
+    assert not_finite({"large": torch.full((3, 4), torch.finfo(dtype).max).to(dtype)}) is None
+    if dtype.itemsize > 1:
+        assert not_finite(good | {"bad": torch.tensor([torch.inf, -torch.inf, 1], dtype=dtype)}) == "bad"
     for value in (torch.nan,) if dtype.itemsize == 1 else (torch.nan, torch.inf, -torch.inf):
         bad = torch.randn(3, 4)
         bad[1, 2] = value
