@@ -329,11 +329,18 @@ def _samples(
 
 
 def _check_latents(host: HostUNet, latents: list[torch.Tensor]) -> None:
-    for one in latents:
+    for number, one in enumerate(latents, 1):
         if one.ndim != 3 or one.shape[0] != host.channels or not torch.isfinite(one).all():
             raise ValueError(
-                f"{NAME}: a latent of shape {tuple(one.shape)} does not fit, or is not finite; this MODEL's are "
-                f"[{host.channels}, h, w]. Encode the pictures with the VAE of this checkpoint."
+                f"{NAME}: latent {number} of {len(latents)}, of shape {tuple(one.shape)}, does not fit, or is not "
+                f"finite; this MODEL's are [{host.channels}, h, w]. Encode pictures with the VAE of this checkpoint."
+            )
+        value = one.flatten()[0]
+        if (one == value).all():
+            raise ValueError(
+                f"{NAME}: latent {number} of {len(latents)} is {value:g} everywhere, which no picture's is. It is an "
+                "empty latent, or its VAE failed: encode a picture with VAE Encode, or leave latents open, and the "
+                "teacher draws pictures of its own."
             )
 
 

@@ -197,7 +197,8 @@ def test_a_prepared_set(server):
     nodes = {
         **distil(prompts="", positive=["text", 0], latents=["latent", 0], steps=1, clip=None, vae=None),
         "text": {"class_type": "CLIPTextEncode", "inputs": {"text": PROMPTS[0], "clip": ["model", 1]}},
-        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 64, "batch_size": 3}},
+        "image": {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 64, "batch_size": 3, "color": 255}},
+        "latent": {"class_type": "VAEEncode", "inputs": {"pixels": ["image", 0], "vae": ["model", 2]}},
     }
     del nodes["curve"]  # which divides by zero for a single loss
     server.run(nodes)
@@ -275,8 +276,10 @@ SD3 = {"other": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model",
 SHIFTS = {"max_shift": 1.15, "base_shift": 0.5, "width": 128, "height": 128}
 FLUX = {"other": {"class_type": "ModelSamplingFlux", "inputs": {"model": ["model", 0], **SHIFTS}}}
 TEXT = {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
+EMPTY = {"empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}}
 TWICE = {
-    "a": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 3}},
+    "image": {"class_type": "EmptyImage", "inputs": {"width": 128, "height": 128, "batch_size": 3, "color": 255}},
+    "a": {"class_type": "VAEEncode", "inputs": {"pixels": ["image", 0], "vae": ["model", 2]}},
     "both": {
         "class_type": "ConditioningCombine",
         "inputs": {"conditioning_1": ["text", 0], "conditioning_2": ["text", 0]},
@@ -296,6 +299,7 @@ TWICE = {
         ({"model": ["other", 0]}, FLUX, "needs a Stable Diffusion model that predicts noise or v"),
         ({"existing_lora": "../secret.safetensors"}, {}, "there is no LoRA|not in list"),
         ({"positive": ["both", 0], "latents": ["a", 0]}, TEXT | TWICE, "3 latents and 2 conditionings do not go"),
+        ({"latents": ["empty", 0]}, EMPTY, "latent 1 of 1 is 0 everywhere, which no picture's is"),
         ({"rank": 0}, {}, "smaller than min"),
         ({"steps": 0}, {}, "steps and finish_steps are both 0"),
     ],
