@@ -42,7 +42,8 @@ from training.models.sampling import generate, guided_output, unet_evaluations
 from training.models.teachers import ASSETS
 from training.pictures import to_uint8
 from training.run.config import Config, complete
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import train
 from training.scenes.judge import load_judge
 from training.scoring.curves import (
     TIMESTEPS,
@@ -248,7 +249,7 @@ class Student:
             objective = RandomJump(**vars(objective))
         data = first.run.data if first else None
         self.run = Distillation(config, pipeline, Accelerator(cpu=True), data, objective, self.teacher)
-        self.steps, self.seconds = self.run.train(), 0.0
+        self.steps, self.seconds = train(self.run), 0.0
 
     def row(self) -> dict[str, Any]:
         """What every measurement of this student says of it."""

@@ -33,7 +33,8 @@ from training.models.load import load_pipeline
 from training.pictures import to_tensor
 from training.run.config import complete
 from training.run.consistency import plain_attention
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import train
 from training.scenes.shapes import scene
 
 from .performance import paired_row, print_table, write_rows
@@ -111,7 +112,7 @@ def step_rows(parts: set[str], repeats: int, folder: Path) -> list[dict]:
     rows = []
     for shape, settings in (("embedded, whole", {}), ("embedded, LoRA 64", {"lora": True})):
         run = trainer(folder, max_train_steps=10 * repeats + 10, **settings)
-        steps, other = run.train(), naive(run)
+        steps, other = train(run), naive(run)
         latents, conditioning = run.data.batch(range(BATCH))
         unet, t = load_pipeline("embedded").unet, torch.full((BATCH,), 499)
 
@@ -179,7 +180,7 @@ def scored(work: Path, yardstick: Yardstick, name: str, settings: dict[str, Any]
     run = trainer(
         work / "unused", max_train_steps=updates, lr_warmup_steps=warm, release_decay=0.0, num_scenes=2048, **settings
     )
-    for _ in run.train():
+    for _ in train(run):
         pass
     with run.networks.use("target") as unet:
         pipeline = replace(yardstick.teacher, unet=unet)

@@ -30,8 +30,9 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from .run.config import Config, parse_command
+from .run.distillation import Distillation
 from .run.identity import check_folder, only_writer
-from .run.loop import Distillation, Progress
+from .run.loop import Progress, train
 from .run.measure import measure
 from .run.plan import describe, plan
 from .run.processes import join_processes, on_main
@@ -92,7 +93,7 @@ def _beside(run: Distillation, stop: StopRequest) -> None:
         with run.accelerator.autocast():
             sheets = Sheets(config, run.pipeline, run.networks)
     with stop:
-        for progress in run.train(stop):
+        for progress in train(run, stop):
             if not run.networks.sharded or not _shows(config, progress.step):
                 continue
             if config.validation_samples:
@@ -131,7 +132,7 @@ def _watched(run: Distillation, stop: StopRequest) -> None:
         tqdm(total=config.total_steps, initial=run.step, desc=config.method, mininterval=1) as bar,
         open(log, "a", encoding="utf-8") as lines,
     ):
-        for progress in run.train(stop):
+        for progress in train(run, stop):
             bar.update()
             bar.set_postfix_str(_line(progress))
             lines.write(json.dumps(_finite(vars(progress))) + "\n")

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_iter
 
 from training.models.load import load_pipeline
 from training.models.sampling import generate
-from training.run import loop, report, validation
+from training.run import distillation, report, validation
 from training.run.config import parse
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import train
 from training.run.report import Sheets
 from training.scoring import curves
 
@@ -73,7 +74,7 @@ def device(tiny_pipeline, monkeypatch):
     pipeline = load_pipeline(tiny_pipeline)
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # of which meta has none
-    monkeypatch.setattr(loop, "weights_digest", lambda *_: "0")  # reads values
+    monkeypatch.setattr(distillation, "weights_digest", lambda *_: "0")  # reads values
     for module in (curves, validation):  # float64 is taken where there is one: here as on Apple's
         monkeypatch.setattr(module, "float64", lambda x: x.cpu().double(), raising=False)
     monkeypatch.setattr(validation, "SOLVER_SKIP", 150)  # steps of the teacher's path differ in nothing
@@ -95,7 +96,7 @@ def test_a_run_stays_on_its_device_and_a_step_waits_twice(device, tmp_path, tiny
         "9", "--train-batch-size", "2", "--gamma-conditioning", gamma, "--validation-samples", "1", *mode,
     ])  # fmt: skip
     run = Distillation(config, pipeline, Accelerator(), data=Data(pipeline))
-    steps = run.train()
+    steps = train(run)
     next(steps)
     rules.waits.clear()
     assert next(steps).step == 2

@@ -23,7 +23,7 @@ from splam_core.checkpoint import ldm_to_diffusers, read_metadata
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.run.config import complete, parse
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
 from training.run.networks import FullNetworks, LoraNetworks, make_student
 from training.scoring.curves import mean_squares
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.run import loop
+from training.run import distillation
 from training.run.config import parse
 from training.run.processes import join_processes
 from training.run.sharding import sharding_mesh
@@ -25,10 +25,10 @@ pytestmark = [pytest.mark.train, pytest.mark.skipif(sys.platform == "win32", rea
 DESCENT = """
 import sys
 import torch
-import training.run.optimizers, training.run.loop
+import training.run.distillation
 def build(name, parameters, learning_rate, *_):
     return torch.optim.SGD(parameters, learning_rate)
-training.run.loop.build_optimizer = build
+training.run.distillation.build_optimizer = build
 from training.run.config import parse
 from training.distill import distill
 distill(parse(sys.argv[1:]))
@@ -55,6 +55,11 @@ import torch
 training.run.loop.update_averages = holdings
 distill(config)
 """
+
+
+def descent(_, parameters, rate, *__):
+    """The same for the process of the test."""
+    return torch.optim.SGD(parameters, rate)
 
 
 def launch(arguments, processes, script, config=None):
@@ -95,7 +100,7 @@ def test_two_processes_of_n_have_the_gradient_of_one_of_2n(
     script.write_text(DESCENT)
     options = (*mode, "--learning-rate", "1", "--lr-scheduler", "constant", "--max-grad-norm", "1e9")
     launch(command_line(tiny_pipeline, two, 1, more=(*options, "--train-batch-size", "2")), 2, script, config)
-    monkeypatch.setattr(loop, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
+    monkeypatch.setattr(distillation, "build_optimizer", descent)
     small(tiny_pipeline, one, 1, *options, "--train-batch-size", 4)
     results = {}
     for name, out in (("two", two), ("one", one)):
@@ -127,7 +132,7 @@ def test_two_processes_finish_as_one_with_twice_the_batch(
         "--teacher-dtype", "fp32", "--gradient-checkpointing",
     )  # fmt: skip
     launch(command_line(tiny_pipeline, two, 0, more=options), 2, script, config)
-    monkeypatch.setattr(loop, "build_optimizer", lambda _, parameters, rate, *__: torch.optim.SGD(parameters, rate))
+    monkeypatch.setattr(distillation, "build_optimizer", descent)
     small(tiny_pipeline, one, 0, *options, "--train-batch-size", 4)
     (found,), (expected,) = ((out / "log.jsonl").read_text().splitlines() for out in (two, one))
     for name in ("loss", "fake_loss", "gradient_norm", "unet_forwards"):

@@ -16,7 +16,8 @@ from training.models.load import load_pipeline
 from training.models.lora import merged, read_lora
 from training.models.sampling import generate
 from training.run.config import parse
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import backward
 from training.run.networks import FullNetworks, LoraNetworks, update_averages
 
 pytestmark = pytest.mark.train
@@ -97,7 +98,7 @@ def test_a_checkpointed_backward_pass_has_the_same_gradient(tiny_pipeline):
             "--lora", "--lora-rank", "4", *more,
         ])  # fmt: skip
         run = Distillation(config, pipeline, Accelerator(cpu=True))
-        run._backward()
+        next(backward(run))
         return {name: p.grad for name, p in run.networks.unet.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradient("--no-gradient-checkpointing"), gradient("--gradient-checkpointing")

@@ -15,7 +15,8 @@ from training.data.paths import PathData
 from training.data.sources import Record
 from training.models.load import load_pipeline
 from training.run.config import parse
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import train
 from training.run.processes import join_processes
 from training.scoring.curves import teacher_function
 
@@ -117,7 +118,7 @@ def test_no_teacher_is_asked(tiny_pipeline, kept, tmp_path, goal, forwards, aske
         return hook
 
     teacher = run.networks.teacher
-    steps = run.train()
+    steps = train(run)
     first = next(steps)
     assert run.networks.teacher is run.networks.target is pipeline.unet  # its weights are gone
     for role, unet in (("teacher", teacher), ("target", run.networks.target), ("student", run.networks.student)):

@@ -15,7 +15,7 @@ from training.data.latents import Encoder
 from training.models.load import load_pipeline
 from training.prepare import parse as prepare_flags
 from training.prepare import prepare
-from training.run import loop
+from training.run import distillation
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.train
@@ -55,13 +55,13 @@ def test_the_teacher_draws_what_is_trained_on(small, tiny_pipeline, prompts, ope
 
 
 def test_nothing_is_encoded_once_there_are_networks(small, tiny_pipeline, prompts, tmp_path, monkeypatch):
-    encode, networks = Encoder.__call__, loop.LoraNetworks
+    encode, networks = Encoder.__call__, distillation.LoraNetworks
 
     def build(*arguments):
         monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded beside the networks"))
         return networks(*arguments)
 
-    monkeypatch.setattr(loop, "LoraNetworks", build)
+    monkeypatch.setattr(distillation, "LoraNetworks", build)
     for number, spec in enumerate((("--data", "embedded"), flags(prompts, tmp_path / "cache"))):
         monkeypatch.setattr(Encoder, "__call__", encode)
         more = ("--lora", "--validation-samples", 2, "--prompt-steps", 2)

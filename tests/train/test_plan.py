@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.models.load import load_pipeline
-from training.run import consistency, loop
+from training.run import distillation, loop
 from training.run import plan as plans
 from training.run.config import PRESETS, complete, parse, parse_command
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
 from training.run.measure import measure
 from training.run.plan import Phase, describe, largest_batch, plan
 
@@ -64,8 +64,8 @@ def test_the_presets_fit_the_memory_that_they_name(monkeypatch):
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_plan_is_what_a_real_step_holds(tiny_pipeline, tmp_path, monkeypatch, lora, finish):
     """Against the storages that live while the loop itself takes a step on the CPU."""
-    monkeypatch.setattr(consistency, "plain_attention", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(loop, "plain_attention", lambda _: contextlib.nullcontext())
+    for module in (distillation, loop):
+        monkeypatch.setattr(module, "plain_attention", lambda _: contextlib.nullcontext())
     stage = ["--max-train-steps", "0", "--finish", "distribution-matching"] if finish else ["--max-train-steps", "2"]
     config, _ = parse_command([
         "--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "16", "--num-held-out", "1",
@@ -84,8 +84,8 @@ def test_a_plan_is_what_a_real_step_holds(tiny_pipeline, tmp_path, monkeypatch, 
     weights = {one.untyped_storage()._cdata: one.nbytes for net in networks.values() for one in net.parameters()}
     assert not held & weights.keys()
     with Storages() as storages:
-        while run._backward() is not None:
-            run.optimizers[run.role].zero_grad(set_to_none=True)
+        for role, _ in loop.backward(run):
+            run.learners[role].optimizer.zero_grad(set_to_none=True)
     found = plan(config)
     phase = found.phases["finish" if finish else "step"].bytes(4)
     if finish:

@@ -12,7 +12,8 @@ from benchmarks.reproduction_report import Results, at_iteration, error, fill, q
 from splam_core import Denoiser, NoiseSchedule, Objective, l2, solver_path
 from training.models.load import load_pipeline
 from training.run.config import complete
-from training.run.loop import Distillation
+from training.run.distillation import Distillation
+from training.run.loop import train
 
 pytestmark = pytest.mark.train
 
@@ -47,7 +48,7 @@ def test_lockstep_students_learn_what_they_would_alone(tmp_path):
     config = complete({**EQUAL, **group.settings, "teacher": "embedded", "output_dir": tmp_path, "max_train_steps": 3,
                        **STUDENTS["lcm"]})  # fmt: skip
     run = Distillation(config, load_pipeline("embedded"), Accelerator(cpu=True))
-    steps = run.train()
+    steps = train(run)
     for _ in range(3):
         next(steps)
     yardstick = reproduction.Yardstick(tmp_path, 3.0, 2, 0)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splam_core.descent import EXPLOSION, WINDOW, LossWatch
+from training.run import loop
 from training.run.checkpoints import (
     CheckpointError,
     latest_checkpoint,
@@ -26,7 +27,6 @@ from training.run.checkpoints import (
     write_checkpoint,
 )
 from training.run.identity import only_writer, weights_digest
-from training.run.loop import Distillation
 from training.run.report import keep_log
 from training.run.sharding import OptimizerState
 from training.run.stopping import StopRequest
@@ -344,15 +344,15 @@ def test_one_more_object_of_a_checkpoint_costs_a_word(tmp_path):
 
 def spoil(monkeypatch, spoilt):
     """Make the gradients of these steps (from 1) not finite, with a loss that is."""
-    real = Distillation._backward
+    real = loop.backward
 
     def backward(run):
-        loss = real(run)
-        if loss is not None and run.step + 1 in spoilt:
-            run.networks.trainable()[0].grad.view(-1)[0] = float("inf")
-        return loss
+        for role, loss in real(run):
+            if run.step + 1 in spoilt:
+                run.networks.trainable()[0].grad.view(-1)[0] = float("inf")
+            yield role, loss
 
-    monkeypatch.setattr(Distillation, "_backward", backward)
+    monkeypatch.setattr(loop, "backward", backward)
 
 
 def test_a_step_without_a_finite_gradient_moves_nothing(small, tiny_pipeline, tmp_path, monkeypatch, capfd):
@@ -425,7 +425,7 @@ def test_out_of_memory_names_the_flags_to_lower(
     def full(*_):
         raise error
 
-    monkeypatch.setattr(Distillation, "_backward", full)
+    monkeypatch.setattr(loop, "backward", full)
     with pytest.raises(ValueError, match=r"^out of memory") as found:
         small(tiny_pipeline, tmp_path, 2, "--no-gradient-checkpointing", *more)
     said = str(found.value)
@@ -436,7 +436,7 @@ def test_another_error_is_not_called_one_of_memory(small, tiny_pipeline, tmp_pat
     def wrong(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(Distillation, "_backward", wrong)
+    monkeypatch.setattr(loop, "backward", wrong)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         small(tiny_pipeline, tmp_path, 2)
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import PREFIX, checkpoints
-from .config import Config
+from .config import FINISH_SETTINGS, Config
 
 # What a resumed run may have otherwise than it began, which is said; the rest makes it another run.
 MAY_CHANGE = frozenset((
@@ -58,23 +59,44 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any], free: frozenset[str
     return list(said.values())
 
 
-def check_weights(
-    config: Config, facts: Mapping[str, Any], teacher: str, teacher_loras: str | None, student: str | None
-) -> None:
-    """Raises ValueError where a run began with another teacher, teacher's LoRA or student, by their hashes."""
-    if facts.get("student_hash") != student:
+@dataclass
+class Origin:
+    """What a run began with, by hash."""
+
+    teacher_hash: str
+    teacher_loras: str | None
+    student_hash: str | None
+
+
+def changes_since(config: Config, origin: Origin, facts: Mapping[str, Any]) -> list[str]:
+    """What a run that takes up the checkpoint of these facts has otherwise than it began, as `changes` says it.
+
+    Raises ValueError where it is another run: by its settings, where its finish begins, or its teacher's, the
+    teacher's LoRAs' or its student's weights.
+    """
+    finishing = facts.get("finishing", False)
+    free = frozenset(vars(config.data_options)) | (frozenset() if finishing else FINISH_SETTINGS)
+    found = changes(config.settings(), facts["config"], free)
+    begun = facts["config"]["max_train_steps"] if finishing else config.max_train_steps
+    if begun != config.max_train_steps or (config.finish != "none" and facts["step"] > begun and not finishing):
+        raise ValueError(
+            f"--max-train-steps is {config.max_train_steps}, and its finish "
+            f"{f'began at step {begun}' if finishing else 'cannot begin before step ' + str(facts['step'])}: give that"
+        )
+    if facts.get("student_hash") != origin.student_hash:
         raise ValueError(f"it began with another student than --student {config.student}: give its own")
-    if facts.get("teacher_loras") != teacher_loras:
+    if facts.get("teacher_loras") != origin.teacher_loras:
         raise ValueError(
             f"it was begun with other LoRAs on its teacher, or at other weights, than --teacher-lora "
             f"{' '.join(config.teacher_lora) or 'none'}: its own were "
             f"{' '.join(facts['config'].get('teacher_lora', [])) or 'none'}"
         )
-    if facts["teacher_hash"] != teacher:
+    if facts["teacher_hash"] != origin.teacher_hash:
         raise ValueError(
             f"its teacher has other weights (SHA-256 {facts['teacher_hash']}) than --teacher {config.teacher} "
-            f"({teacher}). Resume with its own teacher, or start anew in another --output-dir."
+            f"({origin.teacher_hash}). Resume with its own teacher, or start anew in another --output-dir."
         )
+    return found
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from .config import Config
-from .loop import Distillation
+from .distillation import Distillation
+from .loop import train
 from .plan import GB
 from .processes import join_processes
 from .report import peak_memory
@@ -35,7 +36,7 @@ def _measure(config: Config, steps: int) -> str:
         few = replace(config, **made)
         run = Distillation(few, load_teacher(config, accelerator.device), accelerator)
         seconds = []
-        for progress in itertools.islice(run.train(), max(1, min(1 + steps, count - 1))):
+        for progress in itertools.islice(train(run), max(1, min(1 + steps, count - 1))):
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(progress.seconds)

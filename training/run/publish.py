@@ -21,7 +21,7 @@ from ..models.teachers import resolve
 from ..scoring.variety import TEACHER_STEPS
 from .checkpoints import explain_write_error
 from .config import Config
-from .loop import Distillation
+from .distillation import Distillation
 from .report import SPREAD_SEEDS, sample_prompts, save_curves
 
 SPREAD = f"""

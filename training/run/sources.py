@@ -1,16 +1,21 @@
-"""What a run begins with: its teacher, and the student that --student names."""
+"""What a run begins with: its teacher, its data, and the student that --student names."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from ..data import TrainingData
+from ..data.base import Share
+from ..data.paths import PathData
+from ..data.phase import make_data
 from ..models.files import read_model
 from ..models.load import load_pipeline
 from ..models.lora import file_and_weight, is_lora, lora_file, merged, read_lora
-from ..models.pipeline import Pipeline
+from ..models.pipeline import DTYPES, Pipeline
 from ..models.teachers import resolve
 from .checkpoints import file_digest
 from .config import Config
@@ -27,6 +32,29 @@ def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
         download=config.download_teacher,
         unet_dtype=dtype,
         loras=config.teacher_lora,
+    )
+
+
+def run_data(config: Config, pipeline: Pipeline, accelerator: Accelerator) -> TrainingData:
+    """What --data or --paths names, encoded where it is to be; the pipeline's encoders leave the device.
+
+    Raises ValueError where that is not to be had.
+    """
+    whole = config.train_batch_size * accelerator.num_processes
+    if config.paths is not None:
+        data = PathData(config.paths, pipeline, config.data_options, whole, config.seed + 1)
+        pipeline.encoders_to("cpu")
+        return data
+    return make_data(
+        config.data,
+        pipeline,
+        config.data_options,
+        whole,
+        config.seed + 1,
+        whole * config.gradient_accumulation_steps * config.total_steps,
+        config.validation_samples,
+        Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        DTYPES[config.teacher_dtype],
     )
 
 
