@@ -22,9 +22,10 @@ from splam_core import draw_timesteps, draws, fold, gamma_embedding
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
 from training.models.load import load_pipeline
 from training.models.sampling import generate
+from training.run.adapters import LoraNetworks
 from training.run.config import complete, parse
 from training.run.distillation import Distillation
-from training.run.networks import FullNetworks, LoraNetworks, make_student
+from training.run.whole import FullNetworks, make_student
 from training.scoring.curves import mean_squares
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ from splam_core import draw_places
 from training.models.load import load_pipeline
 from training.models.lora import merged, read_lora
 from training.run import loop
+from training.run.adapters import LoraNetworks
 from training.run.config import FINISH_SETTINGS, complete, parse, parse_command
 from training.run.distillation import Distillation
-from training.run.networks import LoraNetworks
 from training.run.processes import join_processes
 from training.run.sources import load_student
 

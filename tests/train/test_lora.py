@@ -15,10 +15,12 @@ from training.export import export, parser
 from training.models.load import load_pipeline
 from training.models.lora import merged, read_lora
 from training.models.sampling import generate
+from training.run.adapters import LoraNetworks
 from training.run.config import parse
 from training.run.distillation import Distillation
 from training.run.loop import backward
-from training.run.networks import FullNetworks, LoraNetworks, update_averages
+from training.run.networks import update_averages
+from training.run.whole import FullNetworks
 
 pytestmark = pytest.mark.train
 

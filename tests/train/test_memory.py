@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from training.models.load import load_pipeline
 from training.run import report
+from training.run.adapters import LoraNetworks
 from training.run.config import complete
 from training.run.memory import keep_less
-from training.run.networks import LoraNetworks
 from training.run.optimizers import build_optimizer
 from training.run.sharding import OptimizerState
 

@@ -17,6 +17,7 @@ from splam_core import Objective
 
 from ..data import TrainingData
 from ..models.pipeline import Pipeline
+from .adapters import LoraNetworks
 from .checkpoints import (
     RandomState,
     Stateful,
@@ -31,12 +32,13 @@ from .consistency import first_stage, plain_attention
 from .finishing import Stage, finish_of
 from .identity import Origin, changes_since, weights_digest
 from .learner import Learner
-from .networks import FullNetworks, LoraNetworks, RoleState, base_dtype
+from .networks import RoleState, base_dtype
 from .optimizers import build_optimizer
 from .processes import from_main
 from .sharding import sharding_mesh
 from .sources import load_student, run_data, teacher_loras_digest
 from .validation import Score, Validation
+from .whole import FullNetworks
 
 
 class Distillation:

@@ -26,12 +26,14 @@ from ..models.lora import named_with_weight
 from ..models.pipeline import DTYPES, Conditioning, Pipeline
 from ..models.sampling import guided_output
 from ..models.teachers import TEACHERS, resolve
+from .adapters import LoraNetworks
 from .config import Config
 from .consistency import first_stage
 from .counting import GPU, Living, rounded
 from .finishing import Stage, finish_of
-from .networks import FullNetworks, LoraNetworks, base_dtype
+from .networks import base_dtype
 from .optimizers import state_bytes
+from .whole import FullNetworks
 
 GB = 1e9
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
