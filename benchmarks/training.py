@@ -1,11 +1,12 @@
 """What a training step costs beyond the UNet evaluations that it counts, and what kept paths are worth.
 
-    python dev.py python -m benchmarks.training --json docs/results/performance.json
+    python dev.py python -m benchmarks.training --json docs/results/performance.json [--full-size]
     python dev.py python -m benchmarks.training --json FILE --only path-reuse --work-dir runs/paths    # goes on
 
 train-bound: the trainer's step against its counted evaluations (backward 2) times that of one bare UNet forward of the
 same batch, in turn; the ratio is bound/ours. train-vs-naive: the same step against Algorithm 1 as one would write it
 down first: picture and caption encoded in the loop, prompt and no prompt asked of the teacher one after the other.
+lora-memory: bytes alive in the step of a LoRA against those of a plain one. scaling: two processes against one.
 path-reuse: students of equal budgets in UNet evaluations, those of the paths themselves included, by the distance of
 their predictions to the ends of the teacher's own 50-step paths (RMS, geometric mean over four timesteps) and by their
 pictures, of one seed.
@@ -39,11 +40,12 @@ from training.scenes.shapes import scene
 
 from .performance import paired_row, print_table, write_rows
 from .reproduction import Yardstick
+from .training_cost import bound_row, memory_row, scaling_rows
 
 BUDGET, BATCH = 24_000, 32
 SHARES, STEPS = (6, 3, 1.5), 8  # a budget is so many times what its paths cost; steps of a path
 SAMPLES, PICTURES = 64, 128  # of an endpoint error, of a score
-PARTS = ("train-bound", "train-vs-naive", "path-reuse")
+PARTS = ("train-bound", "train-vs-naive", "lora-memory", "scaling", "path-reuse")
 
 
 def trainer(folder: Path, **settings: Any) -> Distillation:
@@ -203,6 +205,7 @@ def main() -> None:
         "--json", type=Path, required=True, help="where the rows go, beside those of benchmarks.sampling"
     )
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--full-size", action="store_true", help="train-bound of the true SD1.5 too, 860 M parameters")
     parser.add_argument("--repeats", type=int, default=12, help="steps timed")
     parser.add_argument("--budget", type=int, default=BUDGET, help="UNet evaluations of a student of path-reuse")
     parser.add_argument("--work-dir", type=Path, help="where path-reuse keeps what is done (none: nowhere)")
@@ -210,8 +213,15 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
-        if set(options.only) - {"path-reuse"}:
+        if {"train-bound", "train-vs-naive"} & set(options.only):
             rows += step_rows(set(options.only), options.repeats, Path(temporary))
+        if options.full_size and "train-bound" in options.only:
+            few = max(2, options.repeats // 4)
+            rows.append(bound_row("sd15-true-size", "SD1.5, LoRA 64, 256 px", 1, few, Path(temporary), timed))
+        if "lora-memory" in options.only:
+            rows.append(memory_row("sd15", "SD1.5 with two levels, LoRA 64, 256 px", 4, Path(temporary)))
+        if "scaling" in options.only:
+            rows += scaling_rows(max(2, options.repeats // 4), 8, Path(temporary))
         if "path-reuse" in options.only:
             work = options.work_dir or Path(temporary)
             work.mkdir(parents=True, exist_ok=True)

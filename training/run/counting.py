@@ -69,10 +69,11 @@ class GPU:
 
 
 class Living(TorchDispatchMode):
-    """Bytes of the meta storages that are alive among those made inside, as a GPU's allocator would hold them."""
+    """Bytes of a device's storages that are alive among those made inside, as a GPU's allocator would hold them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.bytes = self.peak = 0
         self.seen: set[int] = set()
 
@@ -84,11 +85,11 @@ class Living(TorchDispatchMode):
         return self.peak
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
             return True  # of a check whose tensor has no value here
         result = func(*args, **(kwargs or {}))
         for one in tree_iter(result):
-            if isinstance(one, Tensor) and one.device.type == "meta":
+            if isinstance(one, Tensor) and one.device.type == self.device:
                 self._see(one.untyped_storage())
         return result
 
