@@ -151,8 +151,10 @@ class NoiseSchedule:
         table, last = self.alphas_cumprod, self.num_train_timesteps - 1
         t = torch.as_tensor(t)
         # Checked on the CPU only: on an accelerator the check would wait for the device at every call.
-        if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= last):
-            raise ValueError(f"timesteps must lie in 0..{last}, got {t.min().item()}..{t.max().item()}.")
+        if t.device.type == "cpu" and t.numel():
+            low, high = (bound.item() for bound in t.aminmax())
+            if not (low >= 0 and high <= last):  # so written, NaN is refused
+                raise ValueError(f"timesteps must lie in 0..{last}, got {low}..{high}.")
         t = t.to(table.device)
         exact = table[t.long()]
         if not t.is_floating_point():
