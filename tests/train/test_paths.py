@@ -14,11 +14,14 @@ from training.data.latents import GROUP, Made, read_sample, write_shard
 from training.data.paths import PathData
 from training.data.sources import Record
 from training.models.load import load_pipeline
+from training.models.sampling import generate
 from training.run.config import parse
 from training.run.distillation import Distillation
 from training.run.loop import train
 from training.run.processes import join_processes
+from training.run.report import SPREAD_SEEDS, Sheets
 from training.scoring.curves import teacher_function
+from training.scoring.variety import TEACHER_STEPS, spread
 
 pytestmark = pytest.mark.train
 COUNT, HELD = 20, 4
@@ -126,6 +129,25 @@ def test_no_teacher_is_asked(tiny_pipeline, kept, tmp_path, goal, forwards, aske
     assert [first, *steps][-1].unet_forwards == 2 * forwards
     assert calls == {"teacher": 0, "target": 3 * asked, "student": 3}
     assert run.validate()["target"].loss > 0
+
+
+def test_the_teachers_variety_is_still_the_teachers_when_it_has_gone(tiny_pipeline, kept, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a small red ring\n")
+    config = parse(words(tiny_pipeline, kept, tmp_path, "--sample-prompts", str(file), "--sample-every", "9"))
+    run = Distillation(config, load_pipeline(config.teacher), join_processes("no"))
+    sheets = Sheets(config, run.pipeline, run.networks)
+    next(train(run))
+    assert run.networks.teacher is run.networks.target
+    for weight in run.networks.target.parameters():
+        weight.data.mul_(0.5)
+    teacher = load_pipeline(config.teacher)
+
+    def pictures(prompts, seeds):
+        return teacher.decode(generate(teacher, prompts, seeds, "ddim", TEACHER_STEPS, 2.0))
+
+    expected = spread(pictures, ["a small red ring"], range(SPREAD_SEEDS))["spread"]
+    assert sheets.spread()["spread_teacher"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("more", [(), ("--lora", "--lora-rank", "4"), ("--recipe", "paper"), ("--method", "lcm")])

@@ -63,6 +63,9 @@ class Sheets:
         self.prompts = sample_prompts(config)
         self.batch_size = max(1, min(64, config.train_batch_size))
         self.teacher = self._draw("teacher", "ddim", 50, config.guidance_scale)
+        self.teachers_spread: dict[str, float] = {}
+        if config.paths is not None:  # it will not be there at the end
+            self.teachers_spread = self._spread("teacher", "ddim", TEACHER_STEPS, config.guidance_scale)
 
     def _draw(self, role: str, *how) -> list[Image.Image]:
         return to_images(self._pictures(role, self.prompts, range(len(self.prompts)), *how))
@@ -83,14 +86,13 @@ class Sheets:
 
     def spread(self, role: str = "target") -> dict[str, float]:
         """Over four seeds of each prompt: of the student in four steps, and, under "_teacher", of its teacher."""
+        theirs = self.teachers_spread or self._spread("teacher", "ddim", TEACHER_STEPS, self.config.guidance_scale)
+        return self._spread(role, "splam", 4) | {f"{name}_teacher": value for name, value in theirs.items()}
+
+    def _spread(self, role: str, *how) -> dict[str, float]:
         embedded = is_embedded(self.config)
         prompts, judge = (OPEN_PROMPTS, embedded_judge()) if embedded else (self.prompts, None)
-
-        def spread_of(role: str, *how) -> dict[str, float]:
-            return spread(lambda *of: self._pictures(role, *of, *how), prompts, range(SPREAD_SEEDS), judge)
-
-        theirs = spread_of("teacher", "ddim", TEACHER_STEPS, self.config.guidance_scale)
-        return spread_of(role, "splam", 4) | {f"{name}_teacher": value for name, value in theirs.items()}
+        return spread(lambda *of: self._pictures(role, *of, *how), prompts, range(SPREAD_SEEDS), judge)
 
     def save(self, path: Path | None, role: str = "target") -> None:
         """None: draw only, for a process that sharded networks need."""
