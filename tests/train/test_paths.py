@@ -1,7 +1,12 @@
 """Kept paths on disk, and a run that learns from them: whoever solved them, and however often it was interrupted."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +30,7 @@ from training.scoring.variety import TEACHER_STEPS, spread
 
 pytestmark = pytest.mark.train
 COUNT, HELD = 20, 4
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +165,33 @@ def test_a_resumed_run_is_the_same(tiny_pipeline, kept, tmp_path, more):
     shutil.rmtree(again / "checkpoint-4")
     distill.distill(parse(words(tiny_pipeline, kept, again, "--resume-from-checkpoint", "latest", *more)))
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no gloo launcher")
+@pytest.mark.parametrize("launcher", ["torchrun", "fsdp"])
+def test_two_processes_learn_from_them_as_one_with_twice_the_batch(tiny_pipeline, kept, tmp_path, launcher):
+    more = ("--path-goal", "target", "--validation-samples", "2", "--checkpointing-steps", "2")
+    distill.distill(parse(words(tiny_pipeline, kept, tmp_path / "one", "--train-batch-size", "4", *more)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if launcher == "fsdp":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        start = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "training" / "configs" / "fsdp.yaml")]
+        start += ["--num_processes", "2", "--main_process_port", port]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, *start, str(ROOT / "training" / "distill.py")]
+    done = subprocess.run(
+        [*command, *words(tiny_pipeline, kept, tmp_path / "two", *more)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = ((tmp_path / name / "validation.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert json.loads(two[-1]) == pytest.approx(json.loads(one[-1]), rel=1e-4)
 
 
 def test_a_finish_after_it(tiny_pipeline, kept, tmp_path):
