@@ -1,5 +1,6 @@
 """A stand-in host for each of the three programs, with the extension loaded."""
 
+import copy
 import importlib
 import sys
 from contextlib import contextmanager
@@ -7,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from .reference import ROOT, embedding, tiny_network
+from .reference import ROOT, UNET, embedding, tiny_network
 
 HOST = Path(__file__).parent / "host"
 SCRIPT = ROOT / "scripts" / "splam.py"
@@ -64,6 +66,29 @@ def started(name, folder, monkeypatch):
         yield program
     finally:
         forget()
+
+
+def with_attention(program):
+    """`use(parameterization, zero_snr)` of a UNet whose cross-attention is of the host's kind, as guidance asks for."""
+    from modules.attention import rebuilt
+
+    unet = rebuilt(copy.deepcopy(UNET), lambda: program.shared.sd_model.forge_objects.unet.model_options)
+
+    def network(x, t, context):
+        with torch.no_grad():
+            return unet(x, t, context).sample
+
+    def use(parameterization="eps", zero_snr=False):
+        program.use(parameterization, network, zero_snr)
+        checkpoint = program.shared.sd_model
+        if program.name == "a1111":
+            checkpoint.model = torch.nn.Module()
+            checkpoint.model.diffusion_model = unet
+        else:
+            checkpoint.forge_objects.unet.model.diffusion_model = unet
+        return unet
+
+    return use
 
 
 def run(program, p):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from . import reference
+from .conftest import with_attention
 from .reference import UNET, assert_same, embedding, lcm
 
 pytestmark = pytest.mark.webui
@@ -38,24 +39,7 @@ class Processor:
 @pytest.fixture
 def guided(host, monkeypatch):
     """The host with a UNet of its own kind; `expected(p, steps)`: the same pictures from diffusers'."""
-    from modules.attention import rebuilt
-
-    def options():
-        return host.shared.sd_model.forge_objects.unet.model_options
-
-    unet = rebuilt(copy.deepcopy(UNET), options)
-
-    def network(x, t, context):
-        with torch.no_grad():
-            return unet(x, t, context).sample
-
-    host.use(network=network)
-    checkpoint = host.shared.sd_model
-    if host.name == "a1111":
-        checkpoint.model = torch.nn.Module()
-        checkpoint.model.diffusion_model = unet
-    else:
-        checkpoint.forge_objects.unet.model.diffusion_model = unet
+    unet = with_attention(host)()
 
     def expected(p, steps=4, negative=NEGATIVE, scale=4.0):
         plain = copy.deepcopy(UNET)
