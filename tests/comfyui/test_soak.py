@@ -71,7 +71,7 @@ def send(server, graph, cancel_after=None):
 
 
 def memory(process):
-    """Bytes that are the process's own: pages of files, of libraries and mapped weights, come and go with the system."""
+    """Bytes of the process alone: pages of files, of libraries and mapped weights, come and go with the system."""
     found = process.memory_info()
     return found.rss - getattr(found, "shared", 0)  # which Linux tells
 
