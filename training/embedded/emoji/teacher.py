@@ -170,6 +170,7 @@ def main() -> None:
         noise = torch.randn_like(x_0)
         return denoising_loss(modules, alpha * x_0 + sigma * noise, noise, t, weight, tokens[text], targets[text])
 
+    modules["unet"].compile(dynamic=False)  # a seventh faster, after minutes
     for step in train(
         modules,
         loss_at,
