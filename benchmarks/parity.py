@@ -11,7 +11,8 @@ CPU, on random weights.
 Route "splam" is SPLAM Loader (for SDXL UNETLoader and SPLAM LoRA Loader) and SPLAM Sampler. Route "stock" is what
 LCM tutorials say: UNETLoader, ModelSamplingDiscrete "lcm", KSampler with lcm and sgm_uniform; its reference takes the
 host's noises. The small shapes are as wide as the real ones at their first level, since ComfyUI recognises no other,
-and less deep.
+and less deep. A schedule with zero terminal SNR has no stock route. benchmarks/parity_training.py says what the routes
+"trainer" and "export" are.
 --full-size adds the true SD1.5 (860 M parameters, with and without cond_proj; needs 8 GB of memory).
 """
 
@@ -34,6 +35,7 @@ from safetensors.torch import load, load_file, save_file
 
 if __name__ == "__main__":  # by path, the folder of this file is where Python looks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+from benchmarks import parity_training
 from harness.reference import (
     SCHEDULER,
     add_adapter,
@@ -94,6 +96,7 @@ class Shape:
     unet: dict
     cond_proj: bool = False
     prediction_type: str = "epsilon"
+    zero_snr: bool = False
     lora: bool = False
     scaling_factor: float = 0.18215  # of the host's latent format, from the pipeline's scale
     true_size: bool = False
@@ -101,6 +104,15 @@ class Shape:
     @property
     def is_sdxl(self) -> bool:
         return "addition_embed_type" in self.unet
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """No tutorial says how to sample zero terminal SNR with lcm."""
+        return ("splam",) if self.zero_snr else ("splam", "stock")
+
+    @property
+    def scheduler(self) -> dict:
+        return {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": self.zero_snr}
 
 
 SHAPES = {
@@ -111,6 +123,8 @@ SHAPES = {
     "sdxl-lora": Shape(_SDXL, lora=True, scaling_factor=0.13025),
     "sd15-true-size": Shape(_SD15_TRUE, true_size=True),
     "sd15-true-size-cond_proj": Shape(_SD15_TRUE, cond_proj=True, true_size=True),
+    "sd21-v-zero-snr": Shape(_SD21, prediction_type="v_prediction", zero_snr=True),
+    "sdxl-v-zero-snr": Shape(_SDXL, prediction_type="v_prediction", zero_snr=True, scaling_factor=0.13025),
 }
 
 
@@ -150,7 +164,7 @@ def ways(case: Case, routes: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """(route, scheduler, name) of every graph to run for a case."""
     from_noise, true_size = case.task.kind == "txt2img", SHAPES[case.shape].true_size
     found = [(route, "sgm_uniform", case.task.name) for route in routes if case.expected[route]]
-    if "stock" in routes and from_noise and not true_size:
+    if "stock" in routes and case.expected["stock"] and from_noise and not true_size:
         found.append(("stock", "simple", "txt2img, scheduler simple"))
     return found
 
@@ -164,7 +178,7 @@ def write_shape(name: str, models: Path, inputs: Path) -> None:
     folder = write_pipeline(
         models / "diffusers" / name,
         cond_proj=shape.cond_proj,
-        prediction_type=shape.prediction_type,
+        scheduler=shape.scheduler,
         scaling_factor=shape.scaling_factor,
         seed=seed,
         **shape.unet,
@@ -176,7 +190,8 @@ def write_shape(name: str, models: Path, inputs: Path) -> None:
         os.link(source, alone)  # the host knows the diffusers keys of the true sizes by itself
     else:
         single = diffusers_to_ldm(load_file(source))
-        save_file({key.removeprefix(UNET_PREFIX): weight for key, weight in single.items()}, alone)
+        marks = {key: torch.zeros(0) for key in ("v_pred", "ztsnr")} if shape.zero_snr else {}
+        save_file({key.removeprefix(UNET_PREFIX): weight for key, weight in single.items()} | marks, alone)
     generator = torch.Generator().manual_seed(seed)
     context = shape.unet["cross_attention_dim"]
     tensors = {"embeds": torch.randn((1, 77, context), generator=generator)}
@@ -212,7 +227,7 @@ def expect(
     unet = load_unet(folder)
     if shape.lora:
         add_adapter(unet)
-    config = SCHEDULER | {"prediction_type": shape.prediction_type}
+    config = SCHEDULER | shape.scheduler
     tensors = load_file(inputs / f"{name}.embeds")
     options = {}
     if shape.is_sdxl:
@@ -229,8 +244,8 @@ def expect(
         noises = {"splam": node_noises, "stock": partial(host_noises, offset=host_offset)}
         for route, draw in noises.items():
             runs = (few_step, whole_pipeline) if route == "splam" else (few_step,)
-            if route == "stock" and shape.true_size and task.kind != "txt2img":
-                runs = ()  # the small shapes show as much
+            if route not in shape.routes or (route == "stock" and shape.true_size and task.kind != "txt2img"):
+                runs = ()  # of the true size the small shapes show as much
             found = [
                 run(unet, config, tensors["embeds"], *draw(LATENT, SEED), task.steps, **given, **options)
                 for run in runs
@@ -301,9 +316,17 @@ def _node(kind: str, **inputs) -> dict:
 
 
 def measure(
-    comfyui: Path, folder: Path, todo: dict[str, list[Task]], routes=("splam", "stock"), report=lambda row: None
+    comfyui: Path,
+    folder: Path,
+    todo: dict[str, list[Task]],
+    routes=("splam", "stock"),
+    report=lambda row: None,
+    training: bool = False,
 ) -> list[dict]:
-    """The rows of these tasks (shape name -> tasks), measured in a ComfyUI that runs under `folder`."""
+    """The rows of these tasks (shape name -> tasks), measured in a ComfyUI that runs under `folder`.
+
+    training: also those of parity_training.
+    """
     models, inputs = folder / "models", folder / "input"
     inputs.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(inputs)
@@ -320,25 +343,37 @@ def measure(
     helper = folder / "custom_nodes" / "conditioning_node"
     helper.symlink_to(ROOT / "harness" / "conditioning_node", target_is_directory=True)
     rows = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        report(row)
+
+    if training:
+        teacher = parity_training.write_teacher(models)
+        for row in parity_training.trainer_rows(teacher):
+            add(row)
+        exported = parity_training.export(teacher, models, folder)
     with ComfyServer(comfyui, folder, arguments=("--cpu",)) as server:
         for case in cases:
             for route, scheduler, name in ways(case, routes):
                 (file,) = server.files(server.run(graph_of(case, route, scheduler)))
                 found = load(file)["latent_tensor"] * SHAPES[case.shape].scaling_factor
                 error = max(relative_error(found, expected) for expected in case.expected[route])
-                row = {"case": f"{case.shape} {name}", "steps": case.task.steps, "route": route, "error": error}
-                rows.append(row)
-                report(row)
+                add({"case": f"{case.shape} {name}", "steps": case.task.steps, "route": route, "error": error})
+        if training:
+            for row in parity_training.export_rows(server, teacher, exported):
+                add(row)
     return rows
 
 
 def summary(rows: list[dict]) -> str:
     """Markdown: the largest error over the step counts, a line a case, a column a route."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines = ["| case | splam | stock |", "| --- | ---: | ---: |"]
+    routes = list(dict.fromkeys(row["route"] for row in rows))
+    lines = [f"| case | {' | '.join(routes)} |", "| --- |" + " ---: |" * len(routes)]
     for case in cases:
         cells = []
-        for route in ("splam", "stock"):
+        for route in routes:
             errors = [row["error"] for row in rows if (row["case"], row["route"]) == (case, route)]
             cells.append(f"{max(errors):.1e}" if errors else "")
         lines.append(f"| {case} | {' | '.join(cells)} |")
@@ -356,7 +391,10 @@ def main() -> None:
     if not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH names no ComfyUI; run this through `python dev.py python`.")
     exit_on_sigterm()
-    names = options.shapes or [name for name, shape in SHAPES.items() if options.full_size or not shape.true_size]
+    training, names = (
+        not options.shapes,
+        options.shapes or [name for name, shape in SHAPES.items() if options.full_size or not shape.true_size],
+    )
     todo = {name: true_size_tasks() if SHAPES[name].true_size else tasks() for name in names}
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(
@@ -364,8 +402,9 @@ def main() -> None:
             Path(folder),
             todo,
             report=lambda row: print(
-                f"{row['case']:44} {row['steps']} steps  {row['route']:6} {row['error']:.2e}", flush=True
+                f"{row['case']:44} {row['steps']} steps  {row['route']:7} {row['error']:.2e}", flush=True
             ),
+            training=training,
         )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -47,13 +47,15 @@ def write_pipeline(
     *,
     cond_proj: bool = False,
     prediction_type: str = "epsilon",
+    scheduler: dict | None = None,
     seed: int = 0,
     scaling_factor: float = 0.31,
     **unet,
 ) -> Path:
     """A StableDiffusionPipeline folder in the embedded pipeline's shape, which `unet` options change.
 
-    Weights are fp16, so that a host that keeps its text encoder in fp16 loses nothing.
+    scheduler: what its scheduler_config.json says beside SCHEDULER. Weights are fp16, so that a host that keeps its
+    text encoder in fp16 loses nothing.
     """
     torch.manual_seed(seed)
     options = {
@@ -90,7 +92,7 @@ def write_pipeline(
     _save(CLIPTextModel(text), folder / "text_encoder")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(SCHEDULER | {"prediction_type": prediction_type})
+        json.dumps(SCHEDULER | {"prediction_type": prediction_type} | (scheduler or {}))
     )
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -279,7 +281,7 @@ def whole_pipeline(
     with_projection = unet.config.time_cond_proj_dim is not None
     if mask is not None or (image is not None and not with_projection):
         return None
-    scheduler = LCMScheduler.from_config(scheduler_config)
+    scheduler = scheduler_of(LCMScheduler, scheduler_config)
     nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     call = {"prompt_embeds": embeds, "num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
     size = {"height": noise.shape[2] * 8, "width": noise.shape[3] * 8, "latents": noise}

@@ -125,17 +125,25 @@ def test_inpaint(name, steps, denoise, server, pipelines, embed, sample):
 @pytest.fixture(scope="module")
 def rows(comfyui, tmp_path_factory):
     """The benchmark on every small shape, with all of its kinds of tasks on the last."""
-    todo = {name: [parity.Task("txt2img", 2)] for name in ("sd15", "sd15-cond_proj", "sd21", "sd21-v")}
+    names = ("sd15", "sd15-cond_proj", "sd21", "sd21-v", "sd21-v-zero-snr", "sdxl-v-zero-snr")
+    todo = {name: [parity.Task("txt2img", 2)] for name in names}
     todo["sdxl-lora"] = parity.tasks(steps=(2,), strengths=(0.5,))
-    return parity.measure(comfyui, tmp_path_factory.mktemp("parity"), todo)
+    return parity.measure(comfyui, tmp_path_factory.mktemp("parity"), todo, training=True)
 
 
 def test_the_benchmark_on_every_small_shape(rows):
     """SD1.5, SD2.1 and SDXL with a LoRA, at the width the host recognises by itself; the host's own way is another."""
-    assert {row["route"] for row in rows} == {"splam", "stock"}
+    assert {row["route"] for row in rows} == {"splam", "stock", "trainer", "export"}
     assert max(row["error"] for row in rows if row["route"] == "splam") < 1e-4
     by_tutorial = [row for row in rows if row["route"] == "stock" and "simple" not in row["case"]]
     assert min(row["error"] for row in by_tutorial) > 1e-3
+
+
+def test_a_v_model_with_zero_terminal_snr_is_trained_and_exported_as_the_formulas_say(rows):
+    """Its losses at all timesteps, the last among them, and what a run writes in each form."""
+    found = {route: [row for row in rows if row["route"] == route] for route in ("trainer", "export")}
+    assert {route: len({row["case"] for row in some}) for route, some in found.items()} == {"trainer": 5, "export": 3}
+    assert max(row["error"] for some in found.values() for row in some) < 1e-4
 
 
 @pytest.mark.slow
@@ -156,6 +164,8 @@ def test_the_published_table_is_whole_and_within_its_limit():
     }
     assert set(ours) == wanted
     assert max(ours.values()) <= 1e-4
+    trained = [row["error"] for row in published if row["route"] in ("trainer", "export")]
+    assert len(trained) == 20 and max(trained) <= 1e-4
 
 
 def test_the_teacher_samples_as_in_diffusers(pipelines, embed, sample):
