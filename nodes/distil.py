@@ -14,6 +14,7 @@ from .distilling.pictures import to_tensor
 from .distilling.prompts import read_prompts
 from .distilling.run import Run, Settings
 from .distilling.samples import Samples
+from .distilling.style import HOLDS, with_style
 from .distilling.work import Work
 from .host import Clip, Conditioning, Latent, Model, Vae
 from .options import advanced, check_choice, search_aliases
@@ -176,6 +177,18 @@ class SPLAMDistil(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "lora_holds",
+                        options=list(HOLDS),
+                        default="speed",
+                        optional=True,
+                        tooltip=(
+                            "speed: the output lora is used beside the LoRAs of the MODEL. both: it holds those of "
+                            "MODEL and CLIP too, one file for the plain checkpoint."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with its new LoRA, ready for SPLAM Sampler at 2 to 4 steps."),
@@ -214,8 +227,11 @@ class SPLAMDistil(io.ComfyNode):
         positive: list[Conditioning] | None = None,
         latents: list[Latent] | None = None,
         finish_steps: list[int] | None = None,
+        lora_holds: list[str] | None = None,
     ) -> io.NodeOutput:
         check_choice(NAME, "recipe", recipe[0], RECIPES)
+        both = (lora_holds or ["speed"])[0] == "both"
+        check_choice(NAME, "lora_holds", (lora_holds or ["speed"])[0], HOLDS)
         # The paper's way of telling gamma needs a weight that no host's UNet has; the other one needs none.
         chosen = {**RECIPES[recipe[0]], "gamma_conditioning": "noise-level", "guidance_scale": guidance[0]}
         settings = Settings(
@@ -238,6 +254,8 @@ class SPLAMDistil(io.ComfyNode):
         reader, decoder = (one[0] if one else None for one in (clip, vae))
         # The host runs nodes in inference mode, whose tensors cannot be differentiated.
         with torch.inference_mode(False), torch.no_grad():
+            if both:
+                with_style({}, model[0], reader)  # for its errors, before the work
             host = HostUNet(model[0], gradient_checkpointing[0])
             try:
                 samples = _samples(
@@ -271,8 +289,9 @@ class SPLAMDistil(io.ComfyNode):
                 losses = {"loss": list(run.losses)}
             finally:
                 host.release()
+            made = with_style(lora, model[0], reader) if both else lora
         patched, _ = comfy.sd.load_lora_for_models(model[0], None, lora, 1.0, 0.0)
-        return io.NodeOutput(as_consistency_model(patched), lora, losses, run.step, picture)
+        return io.NodeOutput(as_consistency_model(patched), made, losses, run.step, picture)
 
 
 def _samples(

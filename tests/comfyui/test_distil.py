@@ -2,10 +2,11 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from harness import graphs
 from harness.graphs import save_latent, text_to_image
@@ -13,6 +14,7 @@ from harness.server import ComfyServer, ServerError
 from splam_core.checkpoint import load_file, read_metadata
 
 pytestmark = pytest.mark.comfyui
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = (
     "a large red star above a small blue ring",
     "a small green square left of a large yellow circle",
@@ -111,6 +113,71 @@ def test_the_saved_lora_gives_the_same_picture_by_any_loader(loader, made, serve
     inputs |= {"strength_clip": 1.0} if loader == "SPLAMLoraLoader" else {}
     graph = {**LOADER, "loaded": {"class_type": loader, "inputs": inputs}}
     assert torch.equal(latent(server, picture(["loaded", 0], graph)), made[1])
+
+
+@pytest.fixture(scope="module")
+def style(server) -> str:
+    """A LoRA of UNet and text encoder: matrices with an alpha, a convolution's, a DoRA's layer, a bias: its name."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        part: load_file(ROOT / "assets" / "embedded" / part / f"{file}.safetensors")
+        for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"))
+    }
+    lora = {}
+    for part, module, kind in (
+        ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", ""),
+        ("unet", "mid_block.resnets.0.conv1", ""),
+        ("unet", "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "dora"),
+        ("unet", "conv_out", "bias"),
+        ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj", ""),
+    ):
+        weight = weights[part][f"{module}.weight"]
+        name = ("lora_unet_" if part == "unet" else "lora_te_") + module.replace(".", "_")
+        rank = 2
+        lora[f"{name}.lora_down.weight"] = 0.3 * torch.randn(rank, *weight.shape[1:], generator=draw)
+        up = 0.3 * torch.randn(len(weight), rank, generator=draw)
+        lora[f"{name}.lora_up.weight"] = up.reshape(len(weight), rank, *[1] * (weight.ndim - 2))
+        lora[f"{name}.alpha"] = torch.tensor(1.0)
+        if kind == "dora":
+            lora[f"{name}.dora_scale"] = 1.1 * weight.float().norm(dim=1, keepdim=True)
+        if kind == "bias":
+            lora[f"{name}.diff_b"] = 0.1 * torch.randn(len(weight), generator=draw)
+    folder = server.folder / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora, folder / "a_style.safetensors")
+    return "a_style.safetensors"
+
+
+def test_one_lora_may_hold_the_style_too(style, server):
+    """On the plain checkpoint, UNet and text encoder, it gives the picture of the MODEL that it was learned on."""
+    styled = {
+        "class_type": "LoraLoader",
+        "inputs": {
+            **{"model": ["model", 0], "clip": ["model", 1]},
+            **{"lora_name": style, "strength_model": 0.8, "strength_clip": 0.6},
+        },
+    }
+    inputs = {"model": ["style", 0], "clip": ["style", 1], "steps": 2, "learning_rate": 3e-3, "seed": 21}
+    pictures = {}
+    for holds in ("both", "speed"):
+        graph = distil(**inputs, lora_holds=holds) | {"style": styled}
+        drawn = picture(["distil", 0], graph)
+        drawn["positive"]["inputs"]["clip"] = ["style", 1]
+        pictures["learned on"] = latent(server, drawn)
+        files = (server.folder / "output" / "loras").glob("distilled_2*")
+        name = max(files, key=lambda file: file.stat().st_mtime_ns).name
+        loader = {**styled["inputs"], "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}
+        loaded = picture(["loaded", 0], {**LOADER, "loaded": {"class_type": "LoraLoader", "inputs": loader}})
+        loaded["positive"]["inputs"]["clip"] = ["loaded", 1]
+        pictures[holds] = latent(server, loaded)
+    scale = pictures["learned on"].std()
+    assert (pictures["both"] - pictures["learned on"]).abs().max() < 0.02 * scale  # fp16
+    assert (pictures["speed"] - pictures["learned on"]).abs().max() > 0.2 * scale
+
+
+def test_there_must_be_a_style_to_hold(server):
+    with pytest.raises(ServerError, match="lora_holds is 'both', and neither MODEL nor CLIP has a LoRA on it"):
+        server.run(distil(lora_holds="both", seed=22))
 
 
 def test_the_autosave_is_the_lora_with_the_graph_that_made_it(made, server):
