@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,17 +87,22 @@ def parse_caption(text: str) -> Caption:
     return Caption(things, relation and relation.lower(), background and background.lower())
 
 
-def draw_caption(rng: np.random.Generator, objects: int | None = None, held_out: bool | None = False) -> Caption:
-    """A random caption of `objects` things (None: one in 75 % of draws), of two different ones where there are two.
+def draw_caption(
+    rng: np.random.Generator,
+    objects: int | None = None,
+    held_out: bool | None = False,
+    things: Sequence[str] = VOCABULARY,
+) -> Caption:
+    """A random caption of `objects` of `things` (None: one in 75 % of draws), two different ones where there are two.
 
     Half of the captions name their background. `held_out` None takes any caption, else only such.
     """
     while True:
         count = objects or (1 if rng.random() < 0.75 else 2)
-        things = tuple(VOCABULARY[index] for index in rng.choice(len(VOCABULARY), count, replace=False))
+        chosen = tuple(things[index] for index in rng.choice(len(things), count, replace=False))
         relation = str(rng.choice(RELATIONS)) if count == 2 else None
         background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.5 else None
-        caption = Caption(things, relation, background)
+        caption = Caption(chosen, relation, background)
         if held_out is None or caption.held_out == held_out:
             return caption
 

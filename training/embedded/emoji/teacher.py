@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True, help="assets/ of @lobehub/fluent-emoji-3d 1.1.0")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--shards", type=int, default=32, help="of 1,024 encoded scenes")
-    parser.add_argument("--text-steps", type=int, default=6000)
+    parser.add_argument("--text-steps", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -1,7 +1,8 @@
 """The text encoder of emoji scenes, which learns to read what stands where before the UNet learns to draw it.
 
 Why, the shapes' `text.py` says: left to the denoising loss alone, relations are not learnt. What a caption says is here
-one thing for each side of the picture, and the background's colour.
+one thing for each side of the picture, and the background's colour. With all the things from the first step on, which
+of two stands on which side was still a guess after 1,500 steps; of a few it is learnt in 300, and then soon of all.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ WIDTH = 96
 SIDES = (None, *DIRECTIONS)  # of a single thing, and of the picture's four sides
 GROUPS = (*((1 + len(VOCABULARY),) * len(SIDES)), 1 + len(BACKGROUNDS))
 READ_EVERY = 8  # padding tokens that are asked: all of them have seen the caption
+FEW, FEW_STEPS = 8, 400  # things in the captions of the first steps
+SHORT = 40  # tokens in three of four steps: the longest caption's and some padding
 
 
 def layout(caption: Caption) -> list[int]:
@@ -55,13 +58,17 @@ class LayoutHead(nn.Module):
 
 
 def pretrain(modules: nn.ModuleDict, tokenizer: CLIPTokenizer, steps: int, checkpoint: Path, seed: int) -> None:
-    """Train "text_encoder" and "layout" of `modules` on captions alone; three quarters of them are of two things."""
+    """Train "text_encoder" and "layout" of `modules` on captions alone: pairs of FEW things, then all, mostly pairs."""
 
     def data_from(first: int):
         for step in range(first, steps):
             rng = np.random.default_rng([seed, step])
-            captions = [draw_caption(rng, objects=1 + (number % 4 > 0)) for number in range(64)]
-            tokens = tokenizer([str(one) for one in captions], padding="max_length", max_length=77, return_tensors="pt")
+            few = step < FEW_STEPS
+            things = VOCABULARY[:: len(VOCABULARY) // FEW] if few else VOCABULARY
+            captions = [draw_caption(rng, 1 + (few or number % 4 > 0), things=things) for number in range(64)]
+            length = SHORT if step % 4 else 77
+            texts = [str(one) for one in captions]
+            tokens = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
             yield tokens.input_ids, torch.tensor([layout(one) for one in captions])
 
     def loss_at(step: int, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -75,6 +82,6 @@ def pretrain(modules: nn.ModuleDict, tokenizer: CLIPTokenizer, steps: int, check
 
     pair = nn.ModuleDict({name: modules[name] for name in ("text_encoder", "layout")})
     ema = copy.deepcopy(pair)
-    for _ in train(pair, loss_at, data_from, checkpoint, steps, 2e-3, ema=ema, ema_decay=0.99):
+    for _ in train(pair, loss_at, data_from, checkpoint, steps, 1e-3, ema=ema, ema_decay=0.99):
         pass
     pair.load_state_dict(ema.state_dict())
