@@ -114,12 +114,10 @@ def sample_splam(
         x = x + _surplus_noise(model, sampling, sigmas[0])
     timesteps = nearest_timesteps(schedule, sigmas[sigmas > 0]).cpu()
     evaluations = len(sigmas) - 1
-    entered: list[Tensor] = []  # the present step's x
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         sigma = schedule.ve_sigma(t)
         x = z / broadcast_to(schedule.alpha(t), z)
-        entered[:] = [x]
         denoised: Tensor = model(x, sigma, **extra_args)
         return denoised if patched else consistency(denoised, x, sigma, t)
 
@@ -138,7 +136,7 @@ def sample_splam(
         progress.update()
         if callback is not None:
             sigma = sigmas[step]
-            callback({"x": entered[0], "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": x0})
+            callback({"x": z / schedule.alpha(t), "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": x0})
 
     noise = fresh_noise(extra_args.get("seed") or 0, _numbers_in_batch(len(x)))
     with progress:
