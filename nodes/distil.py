@@ -14,7 +14,7 @@ from .distilling.pictures import to_tensor
 from .distilling.prompts import read_prompts
 from .distilling.run import Run, Settings
 from .distilling.samples import Samples
-from .distilling.style import HOLDS, with_style
+from .distilling.style import HOLDS, check_style, with_style
 from .distilling.work import Work
 from .host import Clip, Conditioning, Latent, Model, Vae
 from .options import advanced, check_choice, search_aliases
@@ -255,7 +255,7 @@ class SPLAMDistil(io.ComfyNode):
         # The host runs nodes in inference mode, whose tensors cannot be differentiated.
         with torch.inference_mode(False), torch.no_grad():
             if both:
-                with_style({}, model[0], reader)  # for its errors, before the work
+                check_style(model[0], reader)
             host = HostUNet(model[0], gradient_checkpointing[0])
             try:
                 samples = _samples(

@@ -19,44 +19,57 @@ HOLDS = ("speed", "both")  # what the LoRA that comes out is of
 Patches = list[tuple[Any, ...]]  # of a weight, in the host's form: (strength, adapter or difference, ...)
 
 
+def check_style(model: Model, clip: Clip | None) -> None:
+    """Raises ValueError where MODEL and CLIP have no LoRA, or one that is not among their patches."""
+    patchers = [model, *([clip.patcher] if clip is not None else [])]
+    if any("bypass_lora" in patcher.injections for patcher in patchers):
+        raise ValueError(
+            f"{NAME}: lora_holds is 'both', and a LoRA was loaded in bypass mode, which this does not read. "
+            "Load it by Load LoRA, or set lora_holds to 'speed'."
+        )
+    if not any(patcher.patches for patcher in patchers):
+        raise ValueError(
+            f"{NAME}: lora_holds is 'both', and neither MODEL nor CLIP has a LoRA on it. Put Load LoRA between the "
+            "checkpoint and this node, or set lora_holds to 'speed'."
+        )
+
+
 @torch.no_grad()
 def with_style(lora: Mapping[str, Tensor], model: Model, clip: Clip | None) -> dict[str, Tensor]:
     """What changes the model's own weights as its LoRAs, and after them `lora`, do; kohya's names, fp16, on the CPU.
 
     lora: of `as_lora`, learned on the MODEL with its LoRAs. Ranks are put beside one another; where a layer has
-    another change than LoRAs of two matrices (DoRA, LoHa, a merge), all of it goes in as one whole difference. Raises
-    ValueError where neither MODEL nor CLIP has a LoRA.
+    another change than LoRAs of two matrices (DoRA, LoHa, a merge), all of it goes in as one whole difference.
     """
     new: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, weight in lora.items():
         module, _, part = key.partition(".")
         new[module][part] = weight.float()
     found: dict[str, Tensor] = dict(lora)
-    patched = False
     for kohya, part, weight, patches in (*_of_unet(model), *(_of_clip(clip) if clip is not None else ())):
-        patched = True
-        ours = new[kohya] if part == "weight" and kohya in new else {}
-        pairs = [_pair(one, weight) for one in patches] if part == "weight" else [None]
-        for name in ours:
-            found.pop(f"{kohya}.{name}", None)
-        if all(pair is not None for pair in pairs):
-            pairs += [_matrices(ours, weight)] if ours else []
-            downs, ups = zip(*[pair for pair in pairs if pair is not None], strict=True)
-            down, up = torch.cat(downs), torch.cat(ups, 1)
-            joined = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
+        if part == "bias":
+            joined = {"diff_b": comfy.lora.calculate_weight(patches, weight.clone(), kohya) - weight}
         else:
-            changed = comfy.lora.calculate_weight(patches, weight.clone(), kohya) - weight
-            if ours:
-                down, up = _matrices(ours, weight)
-                changed += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-            joined = {"diff" if part == "weight" else "diff_b": changed}
+            ours = new.pop(kohya, None)
+            joined = _joined(weight, patches, _matrices(ours, weight) if ours else None, kohya)
+            for name in ours or ():
+                del found[f"{kohya}.{name}"]
         found |= {f"{kohya}.{name}": value.to("cpu", torch.float16).contiguous() for name, value in joined.items()}
-    if not patched:
-        raise ValueError(
-            f"{NAME}: lora_holds is 'both', and neither MODEL nor CLIP has a LoRA on it. Put Load LoRA between the "
-            "checkpoint and this node, or set lora_holds to 'speed'."
-        )
     return found
+
+
+def _joined(weight: Tensor, patches: Patches, ours: tuple[Tensor, Tensor] | None, name: str) -> dict[str, Tensor]:
+    """The parts of one LoRA for a weight [out, in, ...] that patches and then `ours`, (down, up), change."""
+    pairs = [_pair(one, weight) for one in patches]
+    plain = [pair for pair in pairs if pair is not None]
+    if len(plain) == len(pairs):
+        downs, ups = zip(*plain, *([ours] if ours else []), strict=True)
+        down, up = torch.cat(downs), torch.cat(ups, 1)
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
+    changed: Tensor = comfy.lora.calculate_weight(patches, weight.clone(), name) - weight
+    if ours:
+        changed += (ours[1].flatten(1) @ ours[0].flatten(1)).reshape(weight.shape)
+    return {"diff": changed}
 
 
 def _of_unet(model: Model) -> Iterator[tuple[str, str, Tensor, Patches]]:

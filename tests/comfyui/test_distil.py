@@ -175,9 +175,15 @@ def test_one_lora_may_hold_the_style_too(style, server):
     assert (pictures["speed"] - pictures["learned on"]).abs().max() > 0.2 * scale
 
 
-def test_there_must_be_a_style_to_hold(server):
+def test_there_must_be_a_style_to_hold(style, server):
     with pytest.raises(ServerError, match="lora_holds is 'both', and neither MODEL nor CLIP has a LoRA on it"):
         server.run(distil(lora_holds="both", seed=22))
+    bypass = "LoraLoaderBypassModelOnly"
+    if bypass in server.get("/object_info"):  # not in ComfyUI 0.3.75
+        inputs = {"model": ["model", 0], "lora_name": style, "strength_model": 1.0}
+        graph = {"style": {"class_type": bypass, "inputs": inputs}}
+        with pytest.raises(ServerError, match="a LoRA was loaded in bypass mode"):
+            server.run(distil(model=["style", 0], lora_holds="both", seed=22) | graph)
 
 
 def test_the_autosave_is_the_lora_with_the_graph_that_made_it(made, server):
