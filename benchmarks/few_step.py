@@ -122,12 +122,7 @@ def main() -> None:
 
 def part_scores(yardstick: Yardstick, pictures: Tensor, part: slice) -> dict[str, float]:
     """Share right in all attributes, and clipped Frechet distance to the teacher's pictures of the same part."""
-    whole = yardstick.captions, yardstick.pictures
-    yardstick.captions, yardstick.pictures = whole[0][part], whole[1][part]
-    try:
-        scores = yardstick.score(pictures[part])
-    finally:
-        yardstick.captions, yardstick.pictures = whole
+    scores = yardstick.score(pictures[part], part)
     return {"right": scores["attribute_accuracy"], "frechet": scores["frechet_distance_teacher_clipped"]}
 
 

@@ -391,10 +391,7 @@ def main() -> None:
     if not os.environ.get("COMFYUI_PATH"):
         parser.error("COMFYUI_PATH names no ComfyUI; run this through `python dev.py python`.")
     exit_on_sigterm()
-    training, names = (
-        not options.shapes,
-        options.shapes or [name for name, shape in SHAPES.items() if options.full_size or not shape.true_size],
-    )
+    names = options.shapes or [name for name, shape in SHAPES.items() if options.full_size or not shape.true_size]
     todo = {name: true_size_tasks() if SHAPES[name].true_size else tasks() for name in names}
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(
@@ -404,7 +401,7 @@ def main() -> None:
             report=lambda row: print(
                 f"{row['case']:44} {row['steps']} steps  {row['route']:7} {row['error']:.2e}", flush=True
             ),
-            training=training,
+            training=not options.shapes,
         )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

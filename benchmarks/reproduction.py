@@ -212,11 +212,15 @@ class Yardstick:
         latents = generate(pipeline, self.prompts, range(self.count), sampler, steps, w, batch_size=64)
         return torch.cat([to_uint8(self.teacher.decode(part)) for part in latents.split(64)])
 
-    def score(self, pictures: Tensor) -> dict[str, float]:
-        """Against renders (the same as training/evaluate.py's) and against the teacher's own pictures."""
-        found, own = (features(self.judge, images.float() / 127.5 - 1) for images in (pictures, self.pictures))
+    def score(self, pictures: Tensor, part: slice = slice(None)) -> dict[str, float]:
+        """Against renders (the same as training/evaluate.py's) and against the teacher's own pictures.
+
+        part: of the captions, those that the pictures, uint8 [B, 3, H, W], are of.
+        """
+        teachers = self.pictures[part]
+        found, own = (features(self.judge, images.float() / 127.5 - 1) for images in (pictures, teachers))
         return {
-            **scores_of(tuple(self.captions))(pictures),
+            **scores_of(tuple(self.captions[part]))(pictures),
             "frechet_distance_teacher": frechet_distance(found, own),
             "frechet_distance_teacher_clipped": frechet_distance_clipped(found, own),
         }
