@@ -2,7 +2,7 @@
 
 Why, the shapes' `text.py` says: left to the denoising loss alone, relations are not learnt. What a caption says is here
 one thing for each side of the picture, and the background's colour. With all the things from the first step on, which
-of two stands on which side was still a guess after 1,500 steps; of a few it is learnt in 300, and then soon of all.
+of two stands on which side was still a guess after 1,500 steps; of a few it is learnt in 400 steps, and then of all.
 """
 
 from __future__ import annotations
