@@ -35,7 +35,7 @@ from .reproduction_results import (
 
 
 def quality(results: Results) -> list[dict[str, Any]]:
-    """docs/results/quality.json: the recipes against the paper's LCM at the same budget, seed by seed."""
+    """docs/results/comparison.json: the recipes against the paper's LCM at the same budget, seed by seed."""
     teacher = results.where(group="teacher", method="teacher", guidance_scale=TEACHER_W).values("frechet_distance")[0]
     lcm = results.where(group=LCM[0], method=LCM[1])
     return [
@@ -339,7 +339,7 @@ def main() -> None:
     results = Results.read(options.work_dir)
     folder = options.docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("reproduction", figures(results)), ("quality", quality(results))):
+    for name, content in (("reproduction", figures(results)), ("comparison", quality(results))):
         lines = ",\n".join(json.dumps(_rounded(one)) for one in content)
         (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     save_plots(results, options.docs / "reproduction")

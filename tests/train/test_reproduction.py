@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from benchmarks import reproduction, reproduction_report
+from benchmarks import finish, reproduction, reproduction_report
 from benchmarks.reproduction import EQUAL, GROUPS, STUDENTS, Group, RandomJump, Remembering, run_group
 from benchmarks.reproduction_report import Results, at_iteration, error, fill, quality, reach
 from splam_core import Denoiser, NoiseSchedule, Objective, l2, solver_path
@@ -178,3 +178,38 @@ def test_direction_the_default_recipe_is_ahead_of_the_papers_lcm(tmp_path):
     assert ours["method"] == "splam-default" and lcm["method"] == "lcm"
     assert ours["unet_forwards"] == pytest.approx(lcm["unet_forwards"], rel=0.05)
     assert error(ours) < 0.99 * error(lcm)
+
+
+def test_finished_recipes_spend_what_lcm_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "BATCH", 2)
+    monkeypatch.setattr(finish, "PLAIN", finish.PLAIN | {"train_batch_size": 2, "num_scenes": 16})
+    monkeypatch.setattr(finish.Bench, "pictures", lambda *_: {"accuracy_2": 0.5})
+    bench = finish.Bench(tmp_path, None, 120)
+    for name in ("lcm", "default", "kept paths"):
+        rows = bench.recipe(name, 0)
+        stages = [row["stage"] for row in rows if row["ends"]]
+        assert stages == ["before finish", "after finish"][: 1 + (name != "lcm")]
+        assert rows[-1]["unet_forwards"] == pytest.approx(120, rel=0.15), name
+        assert bench.recipe(name, 0) == rows  # kept, not made again
+
+
+def test_recipes_are_summed_up_over_seeds():
+    def run(name, seed, *points):
+        rows = [{"unet_forwards": spent, "accuracy_2": right, "stage": stage, "ends": ends}
+                for spent, right, stage, ends in points]  # fmt: skip
+        for row in rows:
+            row |= dict.fromkeys(("accuracy_1", "accuracy_4", "endpoint_error"), row["accuracy_2"])
+            row |= {f"frechet_teacher_clipped_{steps}": 0.1 * (seed + 1) for steps in (1, 2, 4)}
+        return {(name, seed): rows}
+
+    before, after = "before finish", "after finish"
+    found = {}
+    for seed, best in ((0, 0.6), (1, 0.8)):
+        found |= run("lcm", seed, (100, 0.5, before, False), (200, best, before, True))
+        found |= run("default", seed, (50, 0.4, before, True), (150, 0.7, after, False), (200, 0.9, after, True))
+    lcm, start, end = finish.summary(found, 0.95)
+    assert (lcm["recipe"], start["stage"], end["stage"]) == ("lcm", before, after)
+    assert end["accuracy_2"] == {"mean": 0.9, "low": 0.9, "high": 0.9, "seeds": [0, 1]}
+    assert end["lcm_accuracy_2"]["high"] == 0.8 and end["frechet_teacher_clipped_4"]["low"] == 0.1
+    # LCM's best of seed 0 was reached at 150 of its 200, that of seed 1 at 200.
+    assert end["compute_to_reach_lcm_best"]["low"] == 0.75 and end["compute_to_reach_lcm_best"]["high"] == 1.0
