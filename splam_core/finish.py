@@ -39,7 +39,7 @@ class Finish:
     finish_ema_decay: float = setting(0.98, "of the average that the finish exports")
     finish_step_counts: tuple[int, ...] = setting((1, 2, 4), "the student's samples are made in so many steps, in turn")
     finish_guidance_scale: float | None = setting(None, "w of the teacher's score; none: --guidance-scale")
-    finish_anchor: float = setting(0.5, "how strongly the student is held to what it was before the finish; 0: not")
+    finish_anchor: float = setting(0.5, "how strongly the student is held to what it was, times alpha(t)^2; 0: not")
     finish_noise_range: tuple[float, ...] = setting((0.02, 0.98), "shares of the schedule at which scores are compared")
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Finish:
             if objective.anchor:
                 start_x0 = objective.sample(start, x_t, t)
             gradient = objective.gradient(x0, teacher, fake, objective.timesteps(u[0]), level_noise[0])
-        yield "student", objective.student_loss(x0, gradient, start_x0).mean()
+        yield "student", objective.student_loss(x0, gradient, t, start_x0).mean()
         x0 = x0.detach()
         for use in range(1, 1 + self.fake_updates):
             yield "fake", objective.fake_loss(fake, x0, objective.timesteps(u[use]), level_noise[use]).mean()

@@ -3,7 +3,8 @@
 DMD (Yin et al., One-step Diffusion with Distribution Matching Distillation, eq. 7 and 8) with the backward simulation
 of DMD2 (Yin et al., Improved Distribution Matching Distillation), without its discriminator: a second network, the
 "fake" one, learns the score of the student's own samples, and the student follows the difference of the two scores.
-An anchor, which is ours, holds it to the student that it was before.
+An anchor, which is ours, holds it to the student that it was before, by as much as that one saw: alpha(t)^2 of the
+picture. What it made of noise alone was the mean of many pictures, and that the finish is to leave.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class DistributionMatching:
 
     denoiser: Denoiser  # F of the student; its schedule and prediction_type are the fake network's and the teacher's
     noise_range: tuple[float, float] = (0.02, 0.98)  # shares of the schedule that samples are noised to
-    anchor: float = 0.5  # how strongly the student is held to what it was
+    anchor: float = 0.5  # how strongly the student is held to what it was, times alpha(t)^2
     weighting: str = "normalised"  # or "kl"
 
     def __post_init__(self) -> None:
@@ -159,15 +160,15 @@ class DistributionMatching:
             weight = 1 / (x0 - real_x0).abs().flatten(1).mean(1).clamp(min=1e-8)
         return broadcast_to(weight, x0) * (fake_x0 - real_x0)
 
-    def student_loss(self, x0: Tensor, gradient: Tensor, start_x0: Tensor | None = None) -> Tensor:
+    def student_loss(self, x0: Tensor, gradient: Tensor, t: Tensor, start_x0: Tensor | None = None) -> Tensor:
         """[B]: half the mean square of what the gradient would move a sample by, so that its gradient in x0 [B, ...] is
-        `gradient` over the sample's size, and 2 * anchor * the mean square of x0 - start_x0, if that is given.
+        `gradient` over the sample's size, and 2 * anchor * alpha(t)^2 * the mean square of x0 - start_x0, if given.
 
-        start_x0: what the student made of the same x_t, t before it was finished.
+        t [B]: of the x_t that x0 was made of; start_x0: what the student made of it before it was finished.
         """
         loss = l2(x0 - (x0 - gradient).detach()) / 2
         if start_x0 is not None:
-            loss = loss + 2 * self.anchor * l2(x0 - start_x0.detach())
+            loss = loss + 2 * self.anchor * self.schedule.alpha(t).square() * l2(x0 - start_x0.detach())
         return loss
 
     def fake_loss(self, fake: Network, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_divergence(schedule, gaussian, prediction_t
     teacher = epsilon_of(schedule, gaussian.mean, gaussian.std)
     fake = network_of(schedule, *STUDENT, prediction_type)
     matching = objective(schedule, prediction_type, weighting="kl")
-    loss = matching.student_loss(x0, matching.gradient(x0, teacher, fake, t, noise))
+    loss = matching.student_loss(x0, matching.gradient(x0, teacher, fake, t, noise), t)
     found = torch.autograd.grad((weights * loss).sum(), (mean, std))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -117,11 +117,13 @@ def test_the_loss_hands_the_gradient_and_the_anchor_on(schedule):
     generator = torch.Generator().manual_seed(0)
     x0, gradient, start = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64)
     x0.requires_grad_(True)
-    matching = objective(schedule, anchor=0.5)
-    (found,) = torch.autograd.grad(matching.student_loss(x0, gradient).sum(), x0)
+    matching, t = objective(schedule, anchor=0.5), torch.tensor([999, 759, 499, 0])
+    (found,) = torch.autograd.grad(matching.student_loss(x0, gradient, t).sum(), x0)
     torch.testing.assert_close(found, gradient / 6)
-    (found,) = torch.autograd.grad(matching.student_loss(x0, gradient, start).sum(), x0)
-    torch.testing.assert_close(found, (gradient + 4 * 0.5 * (x0.detach() - start)) / 6)
+    (found,) = torch.autograd.grad(matching.student_loss(x0, gradient, t, start).sum(), x0)
+    seen = schedule.alpha(t).square()[:, None, None]
+    torch.testing.assert_close(found, (gradient + 4 * 0.5 * seen * (x0.detach() - start)) / 6)
+    assert seen.flatten().tolist() == pytest.approx([0.0047, 0.052, 0.278, 0.999], abs=1e-3)
 
 
 @pytest.mark.parametrize("weighting", ["kl", "normalised"])
@@ -134,7 +136,7 @@ def test_a_student_that_follows_it_becomes_the_teacher(schedule, gaussian, weigh
     for _ in range(300):
         x0 = parameters[0] + parameters[1] * z
         fake = network_of(schedule, *parameters.tolist(), "epsilon")
-        loss = matching.student_loss(x0, matching.gradient(x0, teacher, fake, t, noise))
+        loss = matching.student_loss(x0, matching.gradient(x0, teacher, fake, t, noise), t)
         descent.zero_grad()
         (weights * loss).sum().backward()
         descent.step()
@@ -211,7 +213,8 @@ def test_the_student_sample_is_the_samplers(schedule):
     matching = objective(schedule)
     net = lambda x, t, _: x / 2  # noqa: E731
     assert torch.equal(matching.sample(net, x, t), matching.denoiser(net, x, None, None, t))
-    assert matching.student_loss(x, torch.ones_like(x)).tolist() == pytest.approx((l2(torch.ones_like(x)) / 2).tolist())
+    ones = torch.ones_like(x)
+    assert matching.student_loss(x, ones, t).tolist() == pytest.approx((l2(ones) / 2).tolist())
 
 
 @pytest.mark.parametrize(
