@@ -10,6 +10,8 @@ import torch
 from modules import sd_samplers, shared
 from torch import Tensor
 
+from splam_core.parametrisation import parametrisation_of
+
 SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from the first on, without negative prompt
 SKIP_UNCONDITIONAL_INFOTEXT = "Skip Early CFG"
 MODIFIERS = "conditioning_modifiers"  # of Forge and reForge: functions on the conditions of every evaluation
@@ -68,6 +70,16 @@ def predicts_noise() -> bool:
     prediction = model.predictor if hasattr(model, "predictor") else model.model_sampling
     x0 = prediction.calculate_denoised(torch.ones(1), torch.ones(1, 1), torch.zeros(1, 1))
     return bool(x0.item() == -1)  # at sigma 1: noise gives x - output, v (x - sqrt(2) output) / 2
+
+
+def says_v_prediction() -> bool:
+    """Whether the loaded checkpoint's metadata says that it predicts v."""
+    info = getattr(shared.sd_model, "sd_checkpoint_info", None)
+    try:
+        said = parametrisation_of((), getattr(info, "metadata", None))
+    except ValueError:  # it names something else
+        return False
+    return said.prediction_type == "v_prediction"
 
 
 def has_patcher() -> bool:

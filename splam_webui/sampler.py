@@ -28,6 +28,12 @@ UNLIKE = (
     "The prompts of this batch are joined by AND with different weights; this program gives all its pictures those of "
     "the last one. Set the batch size to 1."
 )
+TAKEN_FOR_NOISE = (
+    "The checkpoint's metadata says that it predicts v, and this program takes it for one that predicts noise: the "
+    "picture is wrong. Put a configuration beside the checkpoint, of the same name with the ending .yaml, that says "
+    'parameterization: "v", and load it again. Forge, which takes every SD 1.x and 2.x checkpoint for noise '
+    'prediction, needs only the line: model: {params: {parameterization: "v"}}'
+)
 
 
 class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
@@ -137,6 +143,8 @@ class SplamSampler(sd_samplers_kdiffusion.KDiffusionSampler):
         fit = min(steps, int(GRID * strength))
         if steps > MOST_STEPS or fit < steps:
             p.comment(HINT)
+        if hosts.says_v_prediction() and hosts.predicts_noise():
+            p.comment(TAKEN_FOR_NOISE)
         timesteps = few_step_timesteps(fit, strength) if fit > 0 else torch.empty(0, dtype=torch.long)
         if any(sigmas[t] > ZERO_SNR_SIGMA for t in timesteps) and hosts.predicts_noise():
             raise ValueError(

@@ -48,6 +48,18 @@ def test_noise_prediction_with_zero_terminal_snr_is_refused(host):
     assert not host.shared.sd_model.calls
 
 
+@pytest.mark.parametrize("said", ["v", "v_prediction", "epsilon", "edm", None])
+def test_a_checkpoint_of_v_prediction_that_is_taken_for_noise_prediction(host, said):
+    """As Forge does with every one of SD 2.x that has no .yaml beside it."""
+    for runs in ("eps", "v"):
+        host.use(runs)
+        host.shared.sd_model.sd_checkpoint_info.metadata = {"modelspec.prediction_type": said} if said else {}
+        p = host.request(steps=1)
+        host.run(p)
+        hint = any("says that it predicts v" in comment and ".yaml" in comment for comment in p.comments)
+        assert hint == (runs == "eps" and said in ("v", "v_prediction"))
+
+
 def test_noise_prediction_with_zero_terminal_snr_from_an_image(host):
     """Below the first timestep nothing is divided by (nearly) 0."""
     host.use("eps", zero_snr=True)

@@ -33,6 +33,7 @@ class Checkpoint:
 
     def __init__(self, unet, host, parameterization="eps", zero_snr=False):
         self.parameterization, self.calls = parameterization, []
+        self.sd_checkpoint_info = SimpleNamespace(metadata={})
 
         def apply_model(x, t, context):
             self.calls.append(len(x))
