@@ -15,6 +15,7 @@ from splam_core.parametrisation import parametrisation_of
 SKIP_UNCONDITIONAL = "skip_early_cond"  # a setting: the part of the steps, from the first on, without negative prompt
 SKIP_UNCONDITIONAL_INFOTEXT = "Skip Early CFG"
 MODIFIERS = "conditioning_modifiers"  # of Forge and reForge: functions on the conditions of every evaluation
+CONTROLNET_MARK = 1024.0
 INFOTEXT = "SPLAM guidance"
 NAG_INFOTEXT = "SPLAM NAG scale"
 FORCED, AS_SET = "1", "as set"
@@ -80,6 +81,13 @@ def says_v_prediction() -> bool:
     except ValueError:  # it names something else
         return False
     return said.prediction_type == "v_prediction"
+
+
+def without_mark(rows: Tensor) -> Tensor:
+    """Prompt embeddings [B, tokens, C] without the first token that the extension sd-webui-controlnet puts before them
+    in Automatic1111: 1024 in every channel, -1024 for negative prompts. Its UNet takes it off before the layers."""
+    marked = bool(((rows[:, 0].abs() - CONTROLNET_MARK).abs() < 1).all())
+    return rows[:, 1:] if marked else rows
 
 
 def has_patcher() -> bool:

@@ -32,7 +32,8 @@ class Negative:
         Raises ValueError where a batch's negative prompts differ and its rows are not one for each picture.
         """
         found: Any = prompt_parser.reconstruct_cond_batch(self.schedules, self.step())
-        rows: Tensor = (found["crossattn"] if isinstance(found, dict) else found).to(like)  # a dict with SDXL
+        embedded: Tensor = found["crossattn"] if isinstance(found, dict) else found  # a dict with SDXL
+        rows = hosts.without_mark(embedded).to(like)
         if all(torch.equal(row, rows[0]) for row in rows[1:]):
             return rows[:1].expand(len(like), -1, -1)
         if len(like) != len(rows):

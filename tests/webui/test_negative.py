@@ -1,6 +1,7 @@
 """The negative prompt at guidance 1 on the stand-in of every host, against the paper's formula in diffusers' UNet."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_an_edited_negative_prompt(guided):
     assert torch.equal(found, guided.run(early)[0]), "steps count from 0: both are the first's"
     p = guided.request(negative={0: NEGATIVE, 100: embedding(5)}, script_args=ON, steps=2)
     assert not torch.equal(guided.run(p)[0], found)
+
+
+def test_prompts_marked_by_the_controlnet_extension(guided, monkeypatch):
+    """In Automatic1111 it puts a token of 1024, or -1024, before each, and its UNet's forward takes it off again."""
+
+    def marked(prompt, value):
+        return torch.cat([torch.full_like(prompt[:1], value), prompt])
+
+    forward = guided.unet.forward
+    monkeypatch.setattr(guided.unet, "forward", lambda x, t, context: forward(x, t, context[:, 1:]))
+    prompts = [marked(embedding(1), 1024.0)]
+    p = guided.request(prompts=prompts, negative=marked(NEGATIVE, -1024.0), steps=2, script_args=ON)
+    found, _ = guided.run(p)
+    assert_same(found, guided.expected(SimpleNamespace(prompts=[embedding(1)], rng=p.rng), 2))
 
 
 def test_hires_fix_and_composed_prompts(guided):
