@@ -1,5 +1,8 @@
 """Nodes of the tests' ComfyUI alone: what other packs do to a MODEL or a CONDITIONING, and what can go wrong."""
 
+import ctypes
+import gc
+
 import comfy.controlnet
 import comfy.ldm.modules.attention
 import torch
@@ -137,11 +140,33 @@ class TestConditioning:
         return ([[torch.randn((1, 77, width), generator=generator), more]],)
 
 
+class TestTrimHeap:
+    """Has the C library give back what it holds for later use, where it is glibc."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "run", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    @classmethod
+    def IS_CHANGED(cls):
+        return float("nan")
+
+    def run(self):
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        return ()
+
+
 NODE_CLASS_MAPPINGS = {
     "TestAttentionPatch": TestAttentionPatch,
     "TestAttentionReplace": TestAttentionReplace,
     "TestControlNet": TestControlNet,
     "TestOutOfMemory": TestOutOfMemory,
+    "TestTrimHeap": TestTrimHeap,
     "TestWrapper": TestWrapper,
     "TestConditioning": TestConditioning,
 }
