@@ -144,13 +144,16 @@ def reached(rows: list[dict[str, Any]], accuracy: float) -> int | None:
 def summary(found: dict[tuple[str, int], list[dict]], teacher: float) -> Iterator[dict[str, Any]]:
     """The rows of docs/results/quality.json: for each recipe and stage the mean and range over its seeds."""
     for name in RECIPES:
-        seeds = [seed for recipe, seed in found if recipe == name and ("lcm", seed) in found]
         for stage in ("before finish", "after finish"):
-            ends = {seed: [row for row in found[name, seed] if row["ends"] and row["stage"] == stage] for seed in seeds}
-            seeds = [seed for seed in seeds if ends[seed]]
-            if not seeds:
+            ends = {
+                seed: row
+                for (recipe, seed), rows in found.items()
+                for row in rows
+                if recipe == name and ("lcm", seed) in found and row["ends"] and row["stage"] == stage
+            }
+            if not ends:
                 continue
-            rows, peers = [ends[seed][-1] for seed in seeds], [found["lcm", seed] for seed in seeds]
+            seeds, rows, peers = list(ends), list(ends.values()), [found["lcm", seed] for seed in ends]
             yield {
                 "recipe": name,
                 "stage": stage,

@@ -207,8 +207,11 @@ def test_recipes_are_summed_up_over_seeds():
     for seed, best in ((0, 0.6), (1, 0.8)):
         found |= run("lcm", seed, (100, 0.5, before, False), (200, best, before, True))
         found |= run("default", seed, (50, 0.4, before, True), (150, 0.7, after, False), (200, 0.9, after, True))
-    lcm, start, end = finish.summary(found, 0.95)
+    found |= run("nothing", 1, (100, 0.3, after, False), (200, 0.4, after, True))  # a finish alone, of one seed
+    lcm, start, end, alone = finish.summary(found, 0.95)
     assert (lcm["recipe"], start["stage"], end["stage"]) == ("lcm", before, after)
+    assert (alone["recipe"], alone["stage"], alone["accuracy_2"]["seeds"]) == ("nothing", after, [1])
+    assert alone["compute_to_reach_lcm_best"] is None
     assert end["accuracy_2"] == {"mean": 0.9, "low": 0.9, "high": 0.9, "seeds": [0, 1]}
     assert end["lcm_accuracy_2"]["high"] == 0.8 and end["frechet_teacher_clipped_4"]["low"] == 0.1
     # LCM's best of seed 0 was reached at 150 of its 200, that of seed 1 at 200.
