@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -130,6 +131,14 @@ def small_arguments(teacher, output_dir, steps):
         "--data", "embedded", "--num-scenes", 32, "--num-held-out", 8, "--no-cache-latents", "--sample-every", 0,
         "--validation-samples", 0, "--lr-warmup-steps", 1, "--report-to", "none",
     )  # fmt: skip
+
+
+@pytest.fixture
+def own_precision():
+    """A test that may choose its mixed precision: accelerate keeps the first one of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

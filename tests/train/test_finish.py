@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from splam_core import draw_places
@@ -138,16 +137,9 @@ def test_batches_accumulate_to_one_of_their_size(small, tiny_pipeline, tmp_path)
     assert one["unet_forwards"] == four["unet_forwards"]
 
 
-@pytest.fixture
-def half():
-    """An accelerator in bf16, in a process whose other runs have their own precision."""
-    AcceleratorState._reset_state()
-    yield join_processes("bf16")
-    AcceleratorState._reset_state()
-
-
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_student_learns_under_autocast(tiny_v, tmp_path, half, lora):
+def test_the_student_learns_under_autocast(tiny_v, tmp_path, lora):
     """Its passes without a gradient come first, and autocast keeps the weights that it has cast."""
     flags = ["--lora", "--lora-rank", "4"] if lora else []
     config = parse([
@@ -155,7 +147,7 @@ def test_the_student_learns_under_autocast(tiny_v, tmp_path, half, lora):
         "--train-batch-size", "4", "--mixed-precision", "bf16", "--max-train-steps", "0", "--output-dir", str(tmp_path),
         "--finish", "distribution-matching", "--finish-step-counts", "4", *flags,
     ])  # fmt: skip
-    run = Distillation(config, load_pipeline(tiny_v), half)
+    run = Distillation(config, load_pipeline(tiny_v), join_processes("bf16"))
     run.begin_finish()
     learned = []
     for role, _ in loop.backward(run):

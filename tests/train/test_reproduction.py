@@ -180,6 +180,7 @@ def test_direction_the_default_recipe_is_ahead_of_the_papers_lcm(tmp_path):
     assert error(ours) < 0.99 * error(lcm)
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_finished_recipes_spend_what_lcm_does(tmp_path, monkeypatch):
     monkeypatch.setattr(finish, "BATCH", 2)
     monkeypatch.setattr(finish, "PLAIN", finish.PLAIN | {"train_batch_size": 2, "num_scenes": 16})

@@ -1,12 +1,16 @@
 """The text encoder of emoji scenes, which learns to read what stands where before the UNet learns to draw it.
 
+    python -m training.embedded.emoji.text --run-dir runs/emoji
+
 Why, the shapes' `text.py` says: left to the denoising loss alone, relations are not learnt. What a caption says is here
 one thing for each side of the picture, and the background's colour. With all the things from the first step on, which
 of two stands on which side was still a guess after 1,500 steps; of a few it is learnt in 400 steps, and then of all.
+It needs no pictures and no autoencoder, resumes from its checkpoint, and ends in RUN_DIR/text_encoder.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 
@@ -15,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ...models.teachers import EMBEDDED
 from ...scenes.emoji import BACKGROUNDS, DIRECTIONS, VOCABULARY, Caption, draw_caption
 from ..loop import train
-from ..text import END, OPPOSITE
+from ..text import END, OPPOSITE, build_text_encoder
 
 WIDTH = 96
 SIDES = (None, *DIRECTIONS)  # of a single thing, and of the picture's four sides
@@ -57,31 +62,71 @@ class LayoutHead(nn.Module):
         return torch.stack(losses).mean(), (right & asked).sum() / asked.sum()
 
 
-def pretrain(modules: nn.ModuleDict, tokenizer: CLIPTokenizer, steps: int, checkpoint: Path, seed: int) -> None:
-    """Train "text_encoder" and "layout" of `modules` on captions alone: pairs of FEW things, then all, mostly pairs."""
+def tokenize(tokenizer: CLIPTokenizer, captions: list[Caption], length: int = 77) -> Tensor:
+    texts = [str(caption) for caption in captions]
+    return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+
+
+def drawn(seed: int, step: int, steps: int) -> list[Caption]:
+    """64 captions, three quarters of them pairs; pairs of FEW things in the first FEW_STEPS of `steps`."""
+    rng = np.random.default_rng([seed, step])
+    few = step < min(FEW_STEPS, steps)
+    things = VOCABULARY[:: len(VOCABULARY) // FEW] if few else VOCABULARY
+    return [draw_caption(rng, 1 + (few or number % 4 > 0), things=things) for number in range(64)]
+
+
+@torch.no_grad()
+def read_right(pair: nn.ModuleDict, tokenizer: CLIPTokenizer, captions: list[Caption]) -> float:
+    """The share of tokens asked that read their caption without a fault."""
+    tokens = tokenize(tokenizer, captions)
+    hidden = pair["text_encoder"](tokens).last_hidden_state
+    return pair["layout"](hidden, tokens, torch.tensor([layout(one) for one in captions]))[1].item()
+
+
+def forget_unread(pair: nn.ModuleDict, tokenizer: CLIPTokenizer) -> None:
+    """Zero the embeddings of tokens that no caption has: they are still what they began as, noise."""
+    words = [*VOCABULARY, *BACKGROUNDS, *DIRECTIONS, "a on a background"]
+    table = pair["text_encoder"].get_input_embeddings().weight.data
+    unread = torch.ones(len(table), dtype=torch.bool)
+    unread[tokenizer(words, padding=True, return_tensors="pt").input_ids] = False
+    table[unread] = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--steps", type=int, default=8000, help="of 64 captions")
+    parser.add_argument("--seed", type=int, default=202)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")  # CLIP's own, which is not trained
+    pair = nn.ModuleDict({"text_encoder": build_text_encoder(WIDTH), "layout": LayoutHead()})
 
     def data_from(first: int):
-        for step in range(first, steps):
-            rng = np.random.default_rng([seed, step])
-            few = step < FEW_STEPS
-            things = VOCABULARY[:: len(VOCABULARY) // FEW] if few else VOCABULARY
-            captions = [draw_caption(rng, 1 + (few or number % 4 > 0), things=things) for number in range(64)]
-            length = SHORT if step % 4 else 77
-            texts = [str(one) for one in captions]
-            tokens = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
-            yield tokens.input_ids, torch.tensor([layout(one) for one in captions])
+        for step in range(first, args.steps):
+            captions = drawn(args.seed, step, args.steps)
+            tokens = tokenize(tokenizer, captions, SHORT if step % 4 else 77)
+            yield tokens, torch.tensor([layout(one) for one in captions])
 
-    def loss_at(step: int, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss_at(_: int, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, target = batch
         with torch.autocast("cpu", torch.bfloat16):
             hidden = pair["text_encoder"](tokens).last_hidden_state
-        loss, right = pair["layout"](hidden, tokens, target)
-        if (step + 1) % 100 == 0:
-            print(f"captions read without a fault: {right.item():.3f}", flush=True)
-        return loss
+        return pair["layout"](hidden, tokens, target)[0]
 
-    pair = nn.ModuleDict({name: modules[name] for name in ("text_encoder", "layout")})
-    ema = copy.deepcopy(pair)
-    for _ in train(pair, loss_at, data_from, checkpoint, steps, 1e-3, ema=ema, ema_decay=0.99):
-        pass
-    pair.load_state_dict(ema.state_dict())
+    ema = copy.deepcopy(pair).eval()
+    for step in train(pair, loss_at, data_from, args.run_dir / "text.pt", args.steps, 1e-3, ema=ema, ema_decay=0.99):
+        for kind, options in {
+            "one thing": {"objects": 1},
+            "pairs": {"objects": 2},
+            "held-out pairs": {"objects": 2, "held_out": True},
+        }.items():
+            rng = np.random.default_rng([args.seed + 1, step])
+            captions = [draw_caption(rng, **options) for _ in range(256)]
+            print(f"read without a fault, {kind}: {read_right(ema, tokenizer, captions):.3f}", flush=True)
+    forget_unread(ema, tokenizer)
+    ema["text_encoder"].save_pretrained(args.run_dir / "text_encoder")
+
+
+if __name__ == "__main__":
+    main()
