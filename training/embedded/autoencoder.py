@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 
 from ..pictures import to_tensor
 from ..scenes.shapes import IMAGE_SIZE, scene
-from .loop import batches, train
+from .loop import batches, half_precision, train
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's, so that every host's latent format fits
 CROP = 64
@@ -64,7 +64,7 @@ def pixel_loss(error: torch.Tensor) -> torch.Tensor:
 def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """The pixels' loss, and a KL weight of 1e-5 a latent value."""
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
     return pixel_loss(decoded.float() - images) + 1e-5 * posterior.kl().mean() / 64
@@ -86,7 +86,7 @@ def normalise(vae: AutoencoderKL, latents: torch.Tensor) -> None:
 def polish_loss(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """The decoder's part of the loss, on latents with noise of 5 % of their scale, as a generator would leave."""
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(latents + 0.05 / SCALING_FACTOR * torch.randn_like(latents)).sample

@@ -27,7 +27,7 @@ from ..models.teachers import EMBEDDED
 from ..pictures import save_sheet, to_images
 from ..scenes.shapes import IMAGE_SIZE, parse_caption, scene
 from .autoencoder import SCALING_FACTOR
-from .loop import save_whole, scene_pictures, train
+from .loop import half_precision, save_whole, scene_pictures, train
 from .text import WIDTH, LayoutHead, build_text_encoder, layout, pretrain
 
 CHUNK = 32  # scenes encoded at once
@@ -75,7 +75,7 @@ class EncodedScenes(Dataset):
     @torch.no_grad()
     def __getitem__(self, chunk: int) -> tuple[torch.Tensor, list[str]]:
         images, captions = scene_pictures(self.seed, range(chunk * CHUNK, (chunk + 1) * CHUNK))
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             latents = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mean
         return (latents.float() * SCALING_FACTOR).half(), captions
 
@@ -129,7 +129,7 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Weighted squared error of epsilon; and the layout that the captions of `target` (all but the dropped) tell."""
     # The fused attention's backward pass takes half of the time on a CPU at these lengths; the plain one does not.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with half_precision(), sdpa_kernel(SDPBackend.MATH):
         hidden = modules["text_encoder"](tokens).last_hidden_state
         output = modules["unet"](x_t, t, hidden).sample
     told = target.flatten(1).any(1)

@@ -2,8 +2,9 @@
 
 The set is Microsoft's Fluent Emoji 3D (MIT), a folder of 256x256 px pictures with transparency, named by code points
 (`1f34e.webp`); `emoji.txt` beside this module lists those that are used with their names in words, and the repository
-carries no more of them. As in `shapes`, the caption names what must be seen; exact place, turn, size and shades are
-nuisance; and all of it is a function of (seed, index).
+carries no more of them. As in `shapes`, the caption names what must be seen; exact place, side that it faces and shades
+are nuisance; and all of it is a function of (seed, index). Things stand on a grid of GRID pixels, the side of a latent:
+moved by less, each would look different to an autoencoder of that factor, and all of them would have to be learnt.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGE_SIZE = 192
-SINGLE, PAIR = (138, 166), (78, 90)  # side of the square that an emoji fills, px: alone, and of two
+IMAGE_SIZE = 128
+GRID = 8
+SINGLE, PAIR = 104, 56  # side of the square that an emoji fills, px: alone, and of two
 NAMES = dict(  # name in words -> code points
     line.split(" ", 1)[::-1] for line in (Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8").splitlines()
 )
@@ -109,29 +111,28 @@ def draw_caption(
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with its geometry: centre and side in pixels, turn in radians."""
+    """A thing with its geometry: centre and side in pixels, and whether it faces the other way."""
 
     thing: str
     x: float
     y: float
-    side: float
-    angle: float
+    side: int
+    mirrored: bool = False
 
 
 def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
     """Positions that fulfil the caption: one near the middle; two either side of it along their relation."""
-    middle = IMAGE_SIZE / 2
     if caption.relation is None:
-        side = rng.uniform(*SINGLE)
-        reach = (IMAGE_SIZE - side) / 2
-        x, y = middle + rng.uniform(-reach, reach, 2)
-        return (Placed(caption.things[0], x, y, side, rng.uniform(-0.15, 0.15)),)
+        left, top = GRID * rng.integers(0, (IMAGE_SIZE - SINGLE) // GRID + 1, 2)
+        return (Placed(caption.things[0], left + SINGLE / 2, top + SINGLE / 2, SINGLE, bool(rng.random() < 0.5)),)
     dx, dy = DIRECTIONS[caption.relation]
     placed = []
     for thing, sign in zip(caption.things, (1, -1), strict=True):
-        side, along, across = rng.uniform(*PAIR), sign * rng.uniform(45, 50), rng.uniform(-18, 18)
-        x, y = middle + along * dx + across * dy, middle + along * dy + across * dx
-        placed.append(Placed(thing, x, y, side, rng.uniform(-0.15, 0.15)))
+        far = sign * (dx + dy) > 0  # in the right or the lower half
+        along = GRID * rng.integers(2) + far * IMAGE_SIZE // 2
+        across = (IMAGE_SIZE - PAIR) // 2 // GRID * GRID + GRID * rng.integers(-1, 3)
+        left, top = (along, across) if dx else (across, along)
+        placed.append(Placed(thing, left + PAIR / 2, top + PAIR / 2, PAIR, bool(rng.random() < 0.5)))
     return tuple(placed)
 
 
@@ -165,8 +166,6 @@ class Pictures:
     Raises FileNotFoundError where the folder lacks one of the vocabulary.
     """
 
-    MARGIN = 0.08  # clear border about a picture, as a share of its side, for what a turn moves past its edge
-
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         lacking = [f"{code}.webp" for code in NAMES.values() if not (self.folder / f"{code}.webp").is_file()]
@@ -178,33 +177,25 @@ class Pictures:
             )
 
     @cached_property
-    def levels(self) -> dict[str, tuple[Image.Image, Image.Image]]:
-        """Each thing at the largest sides of `SINGLE` and of `PAIR`, with premultiplied alpha."""
-        return {name: self._read(self.folder / f"{code}.webp") for name, code in NAMES.items()}
-
-    def _read(self, file: Path) -> tuple[Image.Image, Image.Image]:
-        with Image.open(file) as picture:
-            found = picture.convert("RGBA")
-        large, small = (found.resize((side, side), Image.Resampling.LANCZOS) for side in (SINGLE[1], PAIR[1]))
-        return _bordered(large, self.MARGIN), _bordered(small, self.MARGIN)
-
-    def paint(self, item: Placed) -> np.ndarray:
-        """One thing alone, float [IMAGE_SIZE, IMAGE_SIZE, 4] in [0, 1]: premultiplied colours and coverage."""
-        source = self.levels[item.thing][item.side <= PAIR[1]]
-        scale = source.width / (item.side * (1 + 2 * self.MARGIN))  # source pixels a pixel of the scene
-        cos, sin, half = scale * np.cos(item.angle), scale * np.sin(item.angle), source.width / 2
-        # From a pixel of the scene to one of the source: turned about the thing's centre.
-        matrix = (cos, sin, half - cos * item.x - sin * item.y, -sin, cos, half + sin * item.x - cos * item.y)
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        turned = source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-        return np.asarray(turned, np.float32) / 255
+    def levels(self) -> dict[tuple[str, int], np.ndarray]:
+        """Each thing at the sides SINGLE and PAIR: float [side, side, 4] in [0, 1], colours premultiplied by alpha."""
+        found = {}
+        for name, code in NAMES.items():
+            with Image.open(self.folder / f"{code}.webp") as picture:
+                whole = picture.convert("RGBA")
+            for side in (SINGLE, PAIR):
+                scaled = whole.resize((side, side), Image.Resampling.LANCZOS).convert("RGBa")
+                found[name, side] = np.asarray(scaled, np.float32) / 255
+        return found
 
     def render(self, caption: Caption, placed: tuple[Placed, ...], rng: np.random.Generator) -> np.ndarray:
-        """The picture, uint8 [192, 192, 3]; the background's shades come from `rng`."""
+        """The picture, uint8 [128, 128, 3]; the background's shades come from `rng`."""
         image = _background(caption.background, rng)
         for item in placed:
-            painted = self.paint(item)
-            image = image * (1 - painted[..., 3:]) + painted[..., :3]
+            painted = self.levels[item.thing, item.side][:, :: -1 if item.mirrored else 1]
+            left, top = int(item.x - item.side / 2), int(item.y - item.side / 2)
+            place = np.s_[top : top + item.side, left : left + item.side]
+            image[place] = image[place] * (1 - painted[..., 3:]) + painted[..., :3]
         return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
     def scene(self, seed: int, index: int, **caption_options) -> tuple[np.ndarray, Caption, tuple[Placed, ...]]:
@@ -213,11 +204,3 @@ class Pictures:
         caption = draw_caption(rng, **caption_options)
         placed = place(caption, rng)
         return self.render(caption, placed, rng), caption, placed
-
-
-def _bordered(picture: Image.Image, margin: float) -> Image.Image:
-    """With a clear border, and premultiplied by its alpha, so that what is sampled of it shows no fringe."""
-    border = round(picture.width * margin)
-    larger = Image.new("RGBA", (picture.width + 2 * border,) * 2)
-    larger.paste(picture, (border, border))
-    return larger.convert("RGBa")

@@ -1,6 +1,6 @@
 """The judge of emoji pictures: finds the things, names them and the background, and says whether a caption is shown.
 
-A small convolutional detector, as `judge` is for shapes: on a 12x12 grid (16 px cells) one map says where things'
+A small convolutional detector, as `judge` is for shapes: on an 8x8 grid (16 px cells) one map says where things'
 centres are, the others name the thing there; the pooled features name the background and carry the Frechet distance.
 A picture is *fully right* if it shows exactly the caption's things, in its relation, on its background where it names
 one.
@@ -43,7 +43,7 @@ class EmojiJudge(nn.Module):
         self.background = nn.Linear(6 * width, len(BACKGROUNDS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, 3, 192, 192] in [-1, 1] to maps [B, 3 + things, 12, 12] (centre, offset y, x, things), the background's
+        """[B, 3, 128, 128] in [-1, 1] to maps [B, 3 + things, 8, 8] (centre, offset y, x, things), the background's
         logits [B, backgrounds] and pooled features [B, 192]."""
         features = self.features(images)
         pooled = features.mean((2, 3))
@@ -53,7 +53,7 @@ class EmojiJudge(nn.Module):
     def detect(self, images: Tensor) -> list[tuple[list[Placed], str]]:
         """Each picture's things, where the centre map has its maxima above one half, and its likeliest background.
 
-        Sides and turns are not read: they are 0.
+        Sides and the way they face are not read.
         """
         maps, grounds, _ = self(images)
         centre = maps[:, 0].sigmoid()
@@ -64,7 +64,7 @@ class EmojiJudge(nn.Module):
         for picture, row, column in peaks.nonzero().tolist():
             cell = maps[picture, :, row, column]
             y, x = (row + cell[1].item()) * CELL, (column + cell[2].item()) * CELL
-            found[picture][0].append(Placed(VOCABULARY[int(cell[3:].argmax())], x, y, 0.0, 0.0))
+            found[picture][0].append(Placed(VOCABULARY[int(cell[3:].argmax())], x, y, 0))
         return found
 
     def right(self, images: Tensor, captions: list[Caption]) -> Tensor:

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...pictures import save_sheet, to_images, to_tensor
-from ...scenes.emoji import IMAGE_SIZE, Pictures
+from ...scenes.emoji import GRID, IMAGE_SIZE, Pictures
 from ..autoencoder import SCALING_FACTOR, normalise, psnr
-from ..loop import train
+from ..loop import half_precision, train
 
-CROP = 96
+CROP = 64
 LATENT_NOISE = 0.05
 HINTED = 500  # steps until the hint of `reconstruction_loss` has faded
 
@@ -38,7 +38,7 @@ def build() -> AutoencoderKL:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 160),
+        block_out_channels=(16, 32, 64, 160),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,  # as the shapes' autoencoder, which says why
@@ -48,7 +48,10 @@ def build() -> AutoencoderKL:
 
 
 class Scenes(Dataset):
-    """Scenes [start, stop) of a stream as float [3, H, W] in [-1, 1]: whole, or a CROP about one of the things."""
+    """Scenes [start, stop) of a stream as float [3, H, W] in [-1, 1]: whole, or a CROP about one of the things.
+
+    Three of four crops begin on the scenes' grid, where the pictures that matter most lie; the others teach the rest.
+    """
 
     def __init__(self, pictures: Pictures, seed: int, start: int, stop: int, crop: bool) -> None:
         self.pictures, self.seed, self.start, self.stop, self.crop = pictures, seed, start, stop, crop
@@ -61,10 +64,9 @@ class Scenes(Dataset):
         if self.crop:
             rng = np.random.default_rng([self.seed, self.start + index, 1])
             item = placed[rng.integers(len(placed))]
-            left, top = (
-                int(np.clip(centre - CROP / 2 + rng.uniform(-0.5, 0.5) * item.side, 0, IMAGE_SIZE - CROP))
-                for centre in (item.x, item.y)
-            )
+            grid = GRID if rng.random() < 0.75 else 1
+            corner = np.array([item.y, item.x]) - CROP / 2 + rng.uniform(-0.5, 0.5, 2) * item.side
+            top, left = np.clip(corner, 0, IMAGE_SIZE - CROP).astype(int) // grid * grid
             image = image[top : top + CROP, left : left + CROP]
         return to_tensor(image)
 
@@ -116,7 +118,7 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor, hint: Tensor) -> Ten
     told was less than the noise. The hint belongs to the first steps.
     """
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(noisy(latents)).sample
     told = (latents[:, :3].float() - opponent_colours(images)).square().mean()
@@ -126,7 +128,7 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor, hint: Tensor) -> Ten
 def polish_loss(vae: AutoencoderKL, images: Tensor, _: Tensor) -> Tensor:
     """The decoder's part of it."""
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mean
         decoded = vae.decode(noisy(latents)).sample
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True, help="assets/ of @lobehub/fluent-emoji-3d 1.1.0")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument(
-        "--steps", type=int, default=4000, help="of 8 crops of 96x96 px; the last 30 %% on 2 whole pictures each"
+        "--steps", type=int, default=4000, help="of 8 crops of 64x64 px; the last 30 %% on 2 whole pictures each"
     )
     parser.add_argument(
         "--polish", type=int, default=0, help="steps of 2 pictures for the decoder alone, after the first command"

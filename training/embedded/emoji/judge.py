@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from ...pictures import to_tensor
 from ...scenes.emoji import BACKGROUNDS, IMAGE_SIZE, VOCABULARY, Caption, Pictures, Placed
 from ...scenes.emoji_judge import CELL, EmojiJudge
-from ..loop import train
+from ..loop import half_precision, train
 
 CELLS = IMAGE_SIZE // CELL
 TESTED = 2000  # fresh composites
 
 
 def target_of(caption: Caption, placed: tuple[Placed, ...]) -> Tensor:
-    """[5, 12, 12]: nearness of a centre (1 in its cell), offsets y and x, thing; everywhere the background, or -1."""
+    """[5, 8, 8]: nearness of a centre (1 in its cell), offsets y and x, thing; everywhere the background, or -1."""
     target = torch.zeros(5, CELLS, CELLS)
     target[4] = list(BACKGROUNDS).index(caption.background) if caption.background else -1
     grid = torch.arange(CELLS) + 0.5
@@ -64,7 +64,7 @@ def augmented(images: Tensor) -> Tensor:
 
 def judge_loss(judge: EmojiJudge, images: Tensor, target: Tensor) -> Tensor:
     """Focal loss of the centre map, L1 of offsets, cross-entropy of things and of named backgrounds; a thing."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         maps, grounds, _ = judge(augmented(images).contiguous(memory_format=torch.channels_last))
     maps, grounds = maps.float(), grounds.float()
     centre, weight = maps[:, 0], target[:, 0]
@@ -89,7 +89,7 @@ def test(
         images, captions = torch.stack([to_tensor(image) for image, _, _ in scenes]), [one for _, one, _ in scenes]
         right[0].append(judge.right(images, captions))
         if vae is not None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with half_precision():
                 images = vae.decode(vae.encode(images).latent_dist.mean).sample.float()
             right[1].append(judge.right(images, captions))
     fresh, again = (torch.cat(part).float().mean().item() if part else float("nan") for part in right)

@@ -31,7 +31,7 @@ from ...models.teachers import EMBEDDED
 from ...pictures import save_sheet, to_images, to_tensor
 from ...scenes.emoji import IMAGE_SIZE, Pictures, draw_caption
 from ..autoencoder import SCALING_FACTOR
-from ..loop import save_whole, train
+from ..loop import half_precision, save_whole, train
 from ..teacher import CAPTION_DROP, build_scheduler, drawn_levels, save_pipeline
 from .text import WIDTH
 
@@ -41,7 +41,7 @@ SHOWN, SHOWN_STEPS = 24, 25  # samples on a sheet, and their DDIM steps
 
 
 def build_unet() -> UNet2DConditionModel:
-    """10.8 M parameters, most of them at 6x6, where they cost little."""
+    """10.8 M parameters, most of them at 4x4, where they cost little."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,
         in_channels=4,
@@ -66,12 +66,12 @@ def encoder_print(vae: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def encode_shard(vae: AutoencoderKL, pictures: Pictures, seed: int, first: int, count: int) -> tuple[Tensor, list[str]]:
-    """Latents of unit scale, fp16 [count, 4, 24, 24], and captions of the scenes from `first` of a stream."""
+    """Latents of unit scale, fp16 [count, 4, 16, 16], and captions of the scenes from `first` of a stream."""
     latents, captions = [], []
     for start in range(first, first + count, CHUNK):
         scenes = [pictures.scene(seed, index) for index in range(start, min(start + CHUNK, first + count))]
         images = torch.stack([to_tensor(image) for image, _, _ in scenes]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             latents.append(vae.encode(images).latent_dist.mean.float().mul(SCALING_FACTOR).half())
         captions += [str(caption) for _, caption, _ in scenes]
     return torch.cat(latents), captions
@@ -170,7 +170,7 @@ def main() -> None:
         alpha, sigma = (level(t)[:, None, None, None] for level in (schedule.alpha, schedule.sigma))
         noise = torch.randn_like(x_0)
         # The fused attention's backward pass takes half of the time on a CPU at these lengths; the plain one does not.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with half_precision(), sdpa_kernel(SDPBackend.MATH):
             output = unet(alpha * x_0 + sigma * noise, t, told[text].float()).sample
         return (weight * (output.float() - noise) ** 2).mean()
 

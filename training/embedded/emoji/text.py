@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from ...models.teachers import EMBEDDED
 from ...scenes.emoji import BACKGROUNDS, DIRECTIONS, VOCABULARY, Caption, draw_caption
-from ..loop import train
+from ..loop import half_precision, train
 from ..text import END, OPPOSITE, build_text_encoder
 
 WIDTH = 96
@@ -110,7 +110,7 @@ def main() -> None:
 
     def loss_at(_: int, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, target = batch
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             hidden = pair["text_encoder"](tokens).last_hidden_state
         return pair["layout"](hidden, tokens, target)[0]
 
