@@ -119,6 +119,8 @@ def test_other_text_is_refused_with_an_example(text):
 
 def test_every_name_is_told_apart_by_words_and_has_a_picture_of_its_own():
     assert len(VOCABULARY) == len(set(NAMES.values())) == 186
+    assert {file.stem for file in Pictures().folder.glob("*.webp")} == set(NAMES.values())
+    assert len({file.read_bytes() for file in Pictures().folder.glob("*.webp")}) == 186
     assert all(parse_caption(name).things == (name,) for name in VOCABULARY)
 
 
@@ -195,7 +197,7 @@ def test_combinations_are_held_out_of_training_and_nothing_but_combinations():
 
 
 def test_a_folder_that_lacks_pictures_is_named_with_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"lacks 186 of the 186 pictures, such as 1f436\.webp.*npm pack"):
+    with pytest.raises(FileNotFoundError, match=r"lacks 186 of the 186 pictures, such as 1f436\.webp.*git checkout"):
         Pictures(tmp_path)
 
 
@@ -348,7 +350,7 @@ def test_the_text_encoders_command_resumes_and_forgets_tokens_that_no_caption_ha
     assert "resumed" in capsys.readouterr().out
 
 
-def test_the_teachers_command_trains_resumes_and_draws(pictures, tmp_path, monkeypatch, capsys):
+def test_the_teachers_command_trains_resumes_and_draws(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     tiny_vae().save_pretrained(tmp_path / "vae")
     build_text_encoder(WIDTH).save_pretrained(tmp_path / "text_encoder")
@@ -356,7 +358,7 @@ def test_the_teachers_command_trains_resumes_and_draws(pictures, tmp_path, monke
     monkeypatch.setattr(teacher, "SHARD", 4)
     monkeypatch.setattr(teacher, "SHOWN", 6)
     monkeypatch.setattr(teacher, "SHOWN_STEPS", 2)
-    command = ["teacher", "--pictures", str(pictures.folder), "--run-dir", str(tmp_path), "--shards", "2"]
+    command = ["teacher", "--run-dir", str(tmp_path), "--shards", "2"]
     command += ["--batch-size", "4"]
     for steps in ("1", "2"):
         monkeypatch.setattr("sys.argv", [*command, "--steps", steps])

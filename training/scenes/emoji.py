@@ -1,10 +1,10 @@
 """Scenes of emoji: one large picture of a set, or two in a relation, on a background that the caption may name.
 
-The set is Microsoft's Fluent Emoji 3D (MIT), a folder of 256x256 px pictures with transparency, named by code points
-(`1f34e.webp`); `emoji.txt` beside this module lists those that are used with their names in words, and the repository
-carries no more of them. As in `shapes`, the caption names what must be seen; exact place, side that it faces and shades
-are nuisance; and all of it is a function of (seed, index). Things stand on a grid of GRID pixels, the side of a latent:
-moved by less, each would look different to an autoencoder of that factor, and all of them would have to be learnt.
+The set is of Microsoft's Fluent Emoji 3D (MIT), pictures of 256x256 px with transparency in assets/emoji, named by code
+points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. As in `shapes`, the caption names what
+must be seen; exact place, side that it faces and shades are nuisance; and all of it is a function of (seed, index).
+Things stand on a grid of GRID pixels, the side of a latent: moved by less, each would look different to an autoencoder
+of that factor, and all of them would have to be learnt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..models.teachers import ASSETS
 
 IMAGE_SIZE = 128
 GRID = 8
@@ -166,14 +168,13 @@ class Pictures:
     Raises FileNotFoundError where the folder lacks one of the vocabulary.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path = ASSETS / "emoji") -> None:
+        self.folder = folder
         lacking = [f"{code}.webp" for code in NAMES.values() if not (self.folder / f"{code}.webp").is_file()]
         if lacking:
             raise FileNotFoundError(
                 f"{self.folder} lacks {len(lacking)} of the {len(NAMES)} pictures, such as {', '.join(lacking[:3])}; "
-                "expected the folder assets/ of the npm package @lobehub/fluent-emoji-3d 1.1.0 "
-                "(npm pack @lobehub/fluent-emoji-3d@1.1.0, then tar xzf)"
+                "expected the repository's assets/emoji: fetch it again (git checkout assets/emoji)"
             )
 
     @cached_property

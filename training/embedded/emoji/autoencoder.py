@@ -1,7 +1,7 @@
 """The autoencoder of emoji scenes: Stable Diffusion's `AutoencoderKL`, factor 8, 4 latent channels, narrow.
 
-    python -m training.embedded.emoji.autoencoder --pictures PICTURES --run-dir runs/emoji
-    python -m training.embedded.emoji.autoencoder --pictures PICTURES --run-dir runs/emoji --polish 4000
+    python -m training.embedded.emoji.autoencoder --run-dir runs/emoji
+    python -m training.embedded.emoji.autoencoder --run-dir runs/emoji --polish 4000
 
 The first trains the whole of it and fixes the latents; the second, which may run beside the teacher's training, goes on
 with the decoder alone. Both resume from their checkpoints in RUN_DIR and leave a sheet at each.
@@ -152,7 +152,6 @@ def show(vae: AutoencoderKL, images: Tensor, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="assets/ of @lobehub/fluent-emoji-3d 1.1.0")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument(
         "--steps", type=int, default=4000, help="of 8 crops of 64x64 px; the last 30 %% on 2 whole pictures each"
@@ -164,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    pictures = Pictures(args.pictures)
+    pictures = Pictures()
     held_out = torch.stack([to_tensor(pictures.scene(args.seed + 3, i, held_out=True)[0]) for i in range(48)])
 
     def run(vae: AutoencoderKL, loss: Callable, data_from: Callable, name: str, steps: int, rate: float) -> None:

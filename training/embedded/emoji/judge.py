@@ -1,6 +1,6 @@
 """The training of the judge of emoji pictures.
 
-python -m training.embedded.emoji.judge --pictures PICTURES --run-dir runs/emoji
+python -m training.embedded.emoji.judge --run-dir runs/emoji
 """
 
 from __future__ import annotations
@@ -98,13 +98,12 @@ def test(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="assets/ of @lobehub/fluent-emoji-3d 1.1.0")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--steps", type=int, default=2400, help="of 32 pictures")
     parser.add_argument("--seed", type=int, default=100)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    pictures = Pictures(args.pictures)
+    pictures = Pictures()
     judge = EmojiJudge().to(memory_format=torch.channels_last)
 
     def data_from(first: int) -> DataLoader:

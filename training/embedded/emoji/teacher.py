@@ -1,6 +1,6 @@
 """Train the teacher of emoji scenes: a narrow `UNet2DConditionModel`, from scratch.
 
-    python -m training.embedded.emoji.teacher --pictures PICTURES --run-dir runs/emoji
+    python -m training.embedded.emoji.teacher --run-dir runs/emoji
 
 Needs the autoencoder in RUN_DIR/vae and the text encoder in RUN_DIR/text_encoder, which stay as they are. Encodes
 scenes by 1,024 into RUN_DIR/latents (more of them when `--shards` grows, none twice), trains with resumable
@@ -127,7 +127,6 @@ def draw_sheet(pipeline: Pipeline, seed: int, guidance_scale: float, file: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="assets/ of @lobehub/fluent-emoji-3d 1.1.0")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--shards", type=int, default=32, help="of 1,024 encoded scenes")
     parser.add_argument("--steps", type=int, default=8000)
@@ -151,9 +150,7 @@ def main() -> None:
         draw_sheet(pipeline, args.seed + 1, args.guidance_scale, args.sheet)
         return
 
-    latents, captions = encode_scenes(
-        vae, Pictures(args.pictures), args.seed, args.shards, args.run_dir / "latents", SHARD
-    )
+    latents, captions = encode_scenes(vae, Pictures(), args.seed, args.shards, args.run_dir / "latents", SHARD)
     told = encode_captions(pipeline, [*captions, ""])
 
     def data_from(first: int):
