@@ -3,7 +3,8 @@
     python -m training.embedded.emoji.text --run-dir runs/emoji
 
 Why, the shapes' `text.py` says: left to the denoising loss alone, relations are not learnt. What a caption says is here
-one thing for each side of the picture, and the background's colour. With all the things from the first step on, which
+one thing for each side of the picture, and the background's colour; of a person sex, trade and skin one by one, so that
+those combinations can be read that are kept out of training. With all the things from the first step on, which
 of two stands on which side was still a guess after 1,500 steps; of a few it is learnt in 400 steps, and then of all.
 It needs no pictures and no autoencoder, resumes from its checkpoint, and ends in RUN_DIR/text_encoder.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +28,32 @@ from ..text import END, OPPOSITE, build_text_encoder
 
 WIDTH = 96
 SIDES = (None, *DIRECTIONS)  # of a single thing, and of the picture's four sides
-GROUPS = (*((1 + len(VOCABULARY),) * len(SIDES)), 1 + len(BACKGROUNDS))
+PERSON = re.compile(r"a (?P<sex>woman|man) (?P<trade>.+) with (?P<skin>\w+) skin")
+
+
+def parts_of(thing: str) -> tuple[str, str | None, str | None]:
+    """What it is, and of a person sex and skin: a trade is what a person is."""
+    person = PERSON.fullmatch(thing)
+    return (person["trade"], person["sex"], person["skin"]) if person else (thing, None, None)
+
+
+NAMES = tuple(
+    list(dict.fromkeys(part for part in parts if part)) for parts in zip(*map(parts_of, VOCABULARY), strict=True)
+)
+GROUPS = (*(tuple(1 + len(names) for names in NAMES) * len(SIDES)), 1 + len(BACKGROUNDS))
 READ_EVERY = 8  # padding tokens that are asked: all of them have seen the caption
 FEW, FEW_STEPS = 8, 400  # things in the captions of the first steps
 SHORT = 40  # tokens in three of four steps: the longest caption's and some padding
 
 
 def layout(caption: Caption) -> list[int]:
-    """For each side the thing there, and last the background: 0 for none, else 1 + its index."""
-    sides = [0] * len(SIDES)
+    """For each side the parts of the thing there, and last the background: 0 for none, else 1 + its index."""
+    sides = [[0] * len(NAMES) for _ in SIDES]
     for thing, side in zip(caption.things, (caption.relation, OPPOSITE.get(caption.relation)), strict=False):
-        sides[SIDES.index(side)] = 1 + VOCABULARY.index(thing)
-    return [*sides, 1 + list(BACKGROUNDS).index(caption.background) if caption.background else 0]
+        parts = zip(NAMES, parts_of(thing), strict=True)
+        sides[SIDES.index(side)] = [1 + names.index(part) if part else 0 for names, part in parts]
+    stands = [number for side in sides for number in side]
+    return [*stands, 1 + list(BACKGROUNDS).index(caption.background) if caption.background else 0]
 
 
 class LayoutHead(nn.Module):
@@ -50,7 +66,7 @@ class LayoutHead(nn.Module):
     def forward(self, hidden: Tensor, tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy over every READ_EVERY-th end and padding token, and the share that reads without a fault.
 
-        hidden: [B, 77, WIDTH]; tokens: [B, 77]; target: [B, sides + 1], see `layout`.
+        hidden: [B, 77, WIDTH]; tokens: [B, 77]; target: [B, len(GROUPS)], see `layout`.
         """
         last = slice((tokens.shape[1] - 1) % READ_EVERY, None, READ_EVERY)  # up to the last token
         hidden, asked = hidden[:, last].float(), tokens[:, last] == END
