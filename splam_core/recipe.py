@@ -79,7 +79,11 @@ class Recipe:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {self.method}")
         if self.skip < 1 or self.solver_skip < 1 or self.skip % self.solver_skip:
             raise ValueError(f"--solver-skip must divide --skip, got {self.solver_skip} and {self.skip}")
-        if self.timestep_power < 0:
+        if not 0 <= self.gamma_one_probability <= 1:
+            raise ValueError(f"--gamma-one-probability must be between 0 and 1, got {self.gamma_one_probability}")
+        if not self.huber_c > 0:
+            raise ValueError(f"--huber-c must be above 0, got {self.huber_c}")
+        if not self.timestep_power >= 0:
             raise ValueError(f"--timestep-power must be 0 or more, got {self.timestep_power}")
         for name in ("ema_decay", "release_decay"):
             if not 0 <= getattr(self, name) < 1:

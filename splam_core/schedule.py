@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08  # what ComfyUI takes for the 0 at the end of a zero-SNR schedule
-
-
 MOST_TIMESTEPS = 100_000  # a hundred times Stable Diffusion's: a file that asks for more asks for memory
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _is_share(value: object) -> bool:
+    """Whether it is a number above 0 and below 1, as every beta is."""
+    return isinstance(value, (int, float)) and 0 < value < 1
 
 
 def broadcast_to(levels: Tensor, x: Tensor) -> Tensor:
@@ -77,18 +76,24 @@ class NoiseSchedule:
                 "scheduler config: rescale_betas_zero_snr is true. SPLAM divides by alpha(t), which is then 0 at the "
                 "last timestep; use a model whose schedule keeps it false."
             )
-        if config.get("trained_betas") is not None:
-            return cls.from_betas(torch.tensor(config["trained_betas"], dtype=torch.float32))
+        trained = config.get("trained_betas")
+        if trained is not None:
+            if not isinstance(trained, (list, tuple)) or not all(map(_is_share, trained)):
+                raise ValueError(
+                    f"scheduler config: expected trained_betas to be a list of numbers between 0 and 1, found "
+                    f"{trained!r:.40}."
+                )
+            return cls.from_betas(torch.tensor(trained, dtype=torch.float32))
         for key in ("beta_schedule", "beta_start", "beta_end"):
             if key not in config:
                 raise ValueError(f"scheduler config: expected the key {key!r}, found only {sorted(config)}.")
         name, start, end = config["beta_schedule"], config["beta_start"], config["beta_end"]
         steps = config.get("num_train_timesteps", 1000)
         whole = type(steps) is int and 2 <= steps <= MOST_TIMESTEPS
-        if not whole or not _is_number(start) or not _is_number(end):
+        if not whole or not _is_share(start) or not _is_share(end):
             raise ValueError(
-                f"scheduler config: expected 2 to {MOST_TIMESTEPS} num_train_timesteps between two numbers, found "
-                f"{steps!r:.40} between {start!r:.40} and {end!r:.40}."
+                f"scheduler config: expected 2 to {MOST_TIMESTEPS} num_train_timesteps between two betas above 0 and "
+                f"below 1, found {steps!r:.40} between {start!r:.40} and {end!r:.40}."
             )
         if name == "scaled_linear":
             return cls.scaled_linear(steps, start, end)

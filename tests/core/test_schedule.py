@@ -33,6 +33,11 @@ def test_from_config_reads_trained_betas():
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"beta_start": ...}, "'beta_start'"),
+        ({"beta_start": -0.1, "beta_schedule": "scaled_linear"}, "betas above 0 and below 1, found 1000 between -0.1"),
+        ({"beta_start": 10**400}, "betas above 0 and below 1"),
+        ({"trained_betas": "abc"}, "expected trained_betas to be a list of numbers between 0 and 1, found 'abc'"),
+        ({"trained_betas": [None, 0.1]}, "list of numbers"),
+        ({"trained_betas": {"0": 0.1}}, "list of numbers"),
     ],
 )
 def test_from_config_says_what_it_cannot_read(change, words):

@@ -1,0 +1,33 @@
+"""The settings of training refuse, when they are made, what would only fail in the midst of a run."""
+
+import pytest
+import torch
+
+from splam_core import Recipe, pseudo_huber
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "tcd"}, "--method must be one of splam, dl, lcm, got tcd"),
+        ({"skip": 150, "solver_skip": 40}, "--solver-skip must divide --skip, got 40 and 150"),
+        ({"gamma_one_probability": 1.5}, "--gamma-one-probability must be between 0 and 1, got 1.5"),
+        ({"gamma_one_probability": float("nan")}, "--gamma-one-probability must be between 0 and 1, got nan"),
+        ({"huber_c": 0.0}, "--huber-c must be above 0, got 0.0"),
+        ({"timestep_power": float("nan")}, "--timestep-power must be 0 or more, got nan"),
+        ({"ema_decay": 1.0}, "--ema-decay must be at least 0 and below 1, got 1.0"),
+        ({"sigma_level": "independent"}, "--gamma-conditioning noise-level is only right with --sigma-level linear"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**settings)
+
+
+def test_a_huber_of_no_width_has_no_gradient():
+    """Why --huber-c 0 is refused: where prediction and target are equal, its slope is 0/0."""
+    difference = torch.zeros(1, 4, requires_grad=True)
+    pseudo_huber(difference, 0.0).sum().backward()
+    assert difference.grad.isnan().all()
