@@ -260,6 +260,19 @@ def test_what_a_person_sees(small, tiny_pipeline, tmp_path):
     assert loader["widgets_values"][0] == "mine.splam.safetensors"
 
 
+def test_a_card_says_nothing_of_the_machine(small, tiny_pipeline, tmp_path, monkeypatch):
+    """Neither where the data and their cache lie, nor where the command's files do, however they were written."""
+    prompts, out = tmp_path / "animals.txt", tmp_path / "run"
+    prompts.write_text("a red fox\na grey cat\n")
+    where = ("--cache-latents", "--cache-dir", tmp_path / "cache", "--prompt-steps", 1)
+    monkeypatch.setattr("sys.argv", ["distill.py", f"--teacher={tiny_pipeline}", "--data", str(prompts), "--lora"])
+    small(tiny_pipeline, out, 1, "--data", prompts, *where)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"distill.py --teacher={tiny_pipeline.name} --data animals.txt --lora" in card
+    assert "Data: animals.txt: 1 samples, 1 held out" in card
+    assert str(tmp_path) not in card and str(tiny_pipeline.parent) not in card
+
+
 def test_data_objective_and_teacher_may_be_given(tiny_pipeline):
     """What is asked of a run's parts can be asked of others, without a replacement inside it."""
     config = parse(["--teacher", str(tiny_pipeline), "--data", "embedded", "--num-scenes", "32", "--no-cache-latents"])

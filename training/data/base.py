@@ -66,8 +66,8 @@ class TrainingData:
     def latents_alone(self) -> None:
         """From now on `batch` gives latents, where it gave the points of paths."""
 
-    def describe(self) -> str:
-        """One line for the log."""
+    def describe(self, shown: Callable[[object], str] = str) -> str:
+        """One line for the log. shown: how a file or folder is written in it."""
         raise NotImplementedError
 
     def _samples(self, indices: range) -> list[Sample]:

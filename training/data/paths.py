@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,11 +254,11 @@ class PathData(KnownData):
         points, timesteps = stacked.pop("latents"), stacked.pop("timesteps")
         return points.float(), {**{key: value.float() for key, value in stacked.items()}, "timesteps": timesteps}
 
-    def describe(self) -> str:
+    def describe(self, shown: Callable[[object], str] = str) -> str:
         meta = self.meta
         return (
-            f"{self._counted()}; paths of {meta['path_steps']} steps of {meta['path_solver']}, w "
-            f"{meta['guidance_scale']:g}, from {meta['spec']}"
+            f"{self._counted(shown)}; paths of {meta['path_steps']} steps of {meta['path_solver']}, w "
+            f"{meta['guidance_scale']:g}, from {shown(meta['spec'])}"
         )
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -92,9 +92,9 @@ class KnownData(TrainingData):
     def _get(self, number: int) -> Sample | None:
         raise NotImplementedError
 
-    def _counted(self) -> str:
+    def _counted(self, shown: Callable[[object], str]) -> str:
         buckets = f" in {len(self._buckets)} aspect buckets" if len(self._buckets) > 1 else ""
-        return f"{self.spec}: {self._count} samples{buckets}, {len(self._held)} held out{self._left_out()}"
+        return f"{shown(self.spec)}: {self._count} samples{buckets}, {len(self._held)} held out{self._left_out()}"
 
 
 class RecordData(KnownData):
@@ -294,11 +294,11 @@ class RecordData(KnownData):
                 self._skip(one)
                 check_skipped(self.skipped, self._seen, self.options, self.spec)
 
-    def describe(self) -> str:
+    def describe(self, shown: Callable[[object], str] = str) -> str:
         size = f"{len(self._kept) * self._bytes / 1e9:.2g} GB"
-        where = f"kept in {self.folder}" if self.folder else "kept in memory, up to 1 GB of them"
+        where = f"kept in {shown(self.folder)}" if self.folder else "kept in memory, up to 1 GB of them"
         made = "made before training" if self._closed else "made when first needed"
-        said = f"{self._counted()}; {made}, {size} of latents and text embeddings {where}"
+        said = f"{self._counted(shown)}; {made}, {size} of latents and text embeddings {where}"
         if self.spec == str(PROMPTS):
             said += (
                 ". These are pictures that the teacher makes of the shipped prompts; the paper trains on real ones: "
@@ -361,8 +361,8 @@ class PreparedData(KnownData):
             self.folder, self.shards[shard], (start, size), None if digits < 0 else f"{digits:0{DIGITS}x}"
         )
 
-    def describe(self) -> str:
-        return f"{self._counted()}; prepared at {self.meta['resolution']} px, from {self.meta['spec']}"
+    def describe(self, shown: Callable[[object], str] = str) -> str:
+        return f"{self._counted(shown)}; prepared at {self.meta['resolution']} px, from {shown(self.meta['spec'])}"
 
 
 def damaged(folder: Path) -> AbstractContextManager[None]:

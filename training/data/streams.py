@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..models.pipeline import Pipeline
 from .base import FEW, TrainingData, check_skipped, encoder_of, sift
@@ -111,8 +111,8 @@ class StreamData(TrainingData):
         if final or self._seen >= FEW:
             check_skipped(self.skipped, self._seen, self.options, self.spec)
 
-    def describe(self) -> str:
+    def describe(self, shown: Callable[[object], str] = str) -> str:
         return (
-            f"{self.spec}: a stream of {self.source.parts} parts, read in its own order by every process and encoded "
-            f"on the way, not cached (training/prepare.py does it once){self._left_out()}"
+            f"{shown(self.spec)}: a stream of {self.source.parts} parts, read in its own order by every process and "
+            f"encoded on the way, not cached (training/prepare.py does it once){self._left_out()}"
         )

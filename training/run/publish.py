@@ -45,7 +45,8 @@ def finish(
     lora = run.networks.lora(role) if config.lora else None
     scale = (config.lora_alpha or config.lora_rank) / config.lora_rank
     state = None if lora else run.networks.export(role)
-    step, samples, best, described, skipped = run.step, run.samples, run.best, run.data.describe(), run.data.skipped
+    step, samples, best = run.step, run.samples, run.best
+    described, skipped = run.data.describe(_published), run.data.skipped
     run.free()
     # The teacher once more, as its files have it: in memory it may have been rounded.
     teacher = read_teacher(resolve(config.teacher, config.revision))
@@ -117,7 +118,7 @@ def save_card(
 ) -> None:
     """README.md with the command, the data, the curves and the sheet."""
     shown = [f"| {key} | {value} |" for key, value in result.items() if value is not None]
-    command = "python training/distill.py " + shlex.join(_without_paths(sys.argv[1:]))
+    command = "python training/distill.py " + shlex.join(map(_published, sys.argv[1:]))
     base = re.sub(r".*[/\\]", "", config.teacher) if Path(config.teacher).expanduser().exists() else config.teacher
     base = " with ".join(f"`{one}`" for one in (base, *map(named_with_weight, config.teacher_lora)))
     text = f"""# {config.name}
@@ -224,6 +225,7 @@ def _named(path: str) -> str:
     return Path(path).name if Path(path).expanduser().exists() else path
 
 
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Absolute paths as their last part: a card is published, and where a file lay is nobody's business."""
-    return [Path(one).name if Path(one).is_absolute() else one for one in arguments]
+def _published(word: object) -> str:
+    """An absolute path, also one after --flag=, as its last part: where a file lay is nobody's business."""
+    flag, equals, place = str(word).partition("=") if str(word).startswith("--") else ("", "", str(word))
+    return flag + equals + (Path(place).name if Path(place).is_absolute() else place)
