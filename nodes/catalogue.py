@@ -110,7 +110,9 @@ def host_names() -> Iterator[None]:
 
 def in_host_names(text: str) -> str:
     """The text with the host's folders in place of their paths, and no longer than a screen."""
-    known = {Path.home(): "~", Path(sys.prefix): "Python"}
+    # Not Path.home(), which raises where the system knows no home of this user.
+    known = {Path(os.path.expanduser("~")): "~", Path(sys.prefix): "Python"}
+    known |= {Path(folder_paths.get_output_directory()): "output"}
     known |= {Path(folder_paths.models_dir): "models", Path(folder_paths.base_path): "ComfyUI", EMBEDDED: "embedded"}
     known |= {Path(folder): kind for kind in KINDS for folder in folder_paths.get_folder_paths(kind)}
     # Also as links lead to them, and as Python's own errors quote them where a name has backslashes.

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..splam_core.finish import LORA_FINISH, Finish
 from ..splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
+from .catalogue import host_names
 from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
 from .distilling.host import NAME, HostUNet, Told
 from .distilling.pictures import to_tensor
@@ -253,7 +254,7 @@ class SPLAMDistil(io.ComfyNode):
             raise ValueError(f"{NAME}: steps and finish_steps are both 0. Set one of them.")
         reader, decoder = (one[0] if one else None for one in (clip, vae))
         # The host runs nodes in inference mode, whose tensors cannot be differentiated.
-        with torch.inference_mode(False), torch.no_grad():
+        with host_names(), torch.inference_mode(False), torch.no_grad():
             if both:
                 check_style(model[0], reader)
             host = HostUNet(model[0], gradient_checkpointing[0])

@@ -48,11 +48,13 @@ def locate(name: str) -> Path:
 
 def read_lora(path: Path, adapters: LoraAdapters) -> dict[str, torch.Tensor]:
     """A LoRA file as weights of these adapters. Raises ValueError for one of another model, kind or rank."""
-    own = adapters.weights["student"]
-    names = {
-        key.rpartition(".lora_")[0].replace(".", "_"): key.rpartition(".lora_")[0] for key in own
-    }  # fmt: skip
-    lora, found, ranks = lora_to_kohya(load_file(path)), {}, set()
+    modules = {key.rpartition(".lora_")[0] for key in adapters.weights["student"]}
+    names = {module.replace(".", "_"): module for module in modules}
+    found, ranks = {}, set()
+    try:
+        lora = lora_to_kohya(load_file(path))
+    except ValueError as error:
+        raise ValueError(f"{NAME}: existing_lora {path.name} cannot be read: {error}") from error
     for key, weight in lora.items():
         module, _, part = key.removeprefix("lora_unet_").partition(".")
         side = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}.get(part)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..announce import show, tell, warn
+from ..catalogue import in_host_names
 from ..host import ProgressBar, Vae
 from .files import Autosave
 from .host import NAME, HostUNet
@@ -197,8 +198,10 @@ class Work:
             self.autosave.save(self.run, role)
             self.saved = (self.run.step, role)
         except (OSError, SafetensorError) as error:
-            warn(f"{NAME}: the autosave of step {self.run.step} could not be written ({error}). The run goes on; make "
-                 "room on the disk of output/ for the next one.")  # fmt: skip
+            warn(
+                f"{NAME}: the autosave of step {self.run.step} could not be written ({in_host_names(str(error))}). The "
+                "run goes on; make room on the disk of output/ for the next one."
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -175,6 +175,26 @@ def test_one_lora_may_hold_the_style_too(style, server):
     assert (pictures["speed"] - pictures["learned on"]).abs().max() > 0.2 * scale
 
 
+def test_errors_name_files_without_the_servers_paths(server):
+    """Whoever queues a graph on a shared server reads them."""
+    (server.folder / "models" / "loras" / "damaged.safetensors").write_bytes(b"no LoRA")
+    graph = distil(steps=1, batch_size=1, seed=24)
+    del graph["curve"]
+    said = []
+    with pytest.raises(ServerError, match=r"existing_lora damaged\.safetensors cannot be read: loras/") as error:
+        server.run({**graph, "distil": {**graph["distil"], "inputs": graph["distil"]["inputs"] | {
+            "existing_lora": "damaged.safetensors"}}})  # fmt: skip
+    said.append(str(error.value))
+    server.run(graph)
+    states(server)[-1].write_bytes(b"no state")
+    graph["distil"]["inputs"]["preview_every"] = 1000  # else the host has the result still
+    with pytest.raises(ServerError, match=r"state\.safetensors cannot be gone on from") as error:
+        server.run(graph)
+    said.append(str(error.value))
+    states(server)[-1].unlink()
+    assert not [one for one in said if str(server.folder) in one]
+
+
 def test_there_must_be_a_style_to_hold(style, server):
     with pytest.raises(ServerError, match="lora_holds is 'both', and neither MODEL nor CLIP has a LoRA on it"):
         server.run(distil(lora_holds="both", seed=22))
