@@ -12,6 +12,7 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
+import comfy.weight_adapter
 import torch
 import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...splam_core.denoiser import predict_epsilon
 from ...splam_core.lora import LoraAdapters, is_lora_target
 from ...splam_core.order import digest
-from ...splam_core.solver import guided
+from ...splam_core.solver import Teacher, guided
 from ..host import Cond, Conditioning, Model
 from ..parametrisation import prediction_type_of, schedule_of
 
@@ -28,7 +29,6 @@ NAME = "SPLAM Distil"
 
 # What the UNet is told of one sample: the host's names -> its COND objects.
 Told = Mapping[str, Cond]
-Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, t) -> epsilon
 
 
 class HostUNet:
@@ -79,16 +79,13 @@ class HostUNet:
         return found
 
     def fingerprint(self) -> str:
-        """Equal for equal weights, patches and schedules."""
-        patches = {
-            key: [[float(one[0]), str(type(one[1]).__name__)] for one in parts]
-            for key, parts in self.patcher.patches.items()
-        }
+        """Equal for equal weights, patches and schedules, and no others: by the first values of each tensor."""
+        patches = {key: _told(parts) for key, parts in self.patcher.patches.items()}
         values, backup = {}, self.patcher.backup
         for key, weight in self.base.state_dict().items():
             if key in backup:  # the host has a LoRA in it now, perhaps of another MODEL of these weights
                 weight = backup[key].weight
-            values[key] = [list(weight.shape), weight.flatten()[:8].to(torch.bfloat16).float().tolist()]
+            values[key] = _told(weight)
         return digest(values, patches, self.prediction_type, float(self.schedule.alphas_cumprod.sum()))
 
     def load(self, shape: Sequence[int]) -> None:
@@ -200,6 +197,17 @@ class HostUNet:
             return predict_epsilon(output, x, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)
 
         return teacher
+
+
+def _told(value: Any) -> Any:
+    """What tells a weight or a patch from others, as JSON: of an adapter its kind, of a tensor shape and beginning."""
+    if isinstance(value, torch.Tensor):
+        return [list(value.shape), value.flatten()[:8].to(torch.bfloat16).float().tolist()]
+    if isinstance(value, (list, tuple)):
+        return [_told(one) for one in value]
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        return [type(value).__name__, *map(_told, vars(value).values())]
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def _usable(parameter: torch.nn.Parameter) -> torch.Tensor:

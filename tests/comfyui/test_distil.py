@@ -175,6 +175,22 @@ def test_one_lora_may_hold_the_style_too(style, server):
     assert (pictures["speed"] - pictures["learned on"]).abs().max() > 0.2 * scale
 
 
+def test_another_lora_on_the_model_is_another_run(style, server):
+    """Though it changes the same layers at the same strength: nothing learned on the first may be handed on."""
+    folder = server.folder / "models" / "loras"
+    other = {key: -w if "lora_up" in key else w for key, w in load_file(folder / style).items()}
+    save_file(other, folder / "another_style.safetensors")
+    runs = []
+    for name in (style, "another_style.safetensors", style):
+        inputs = {"model": ["model", 0], "lora_name": name, "strength_model": 0.5}
+        graph = distil(model=["style", 0], steps=1, batch_size=1, seed=23, preview_every=0)
+        del graph["curve"]
+        server.run(graph | {"style": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}})
+        runs.append(states(server)[-1].name)
+    assert runs[0] != runs[1]
+    assert runs[0] == runs[2]  # and the first is taken up again
+
+
 def test_errors_name_files_without_the_servers_paths(server):
     """Whoever queues a graph on a shared server reads them."""
     (server.folder / "models" / "loras" / "damaged.safetensors").write_bytes(b"no LoRA")
