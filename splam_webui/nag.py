@@ -19,6 +19,12 @@ UNLIKE = (
     "cannot tell which belongs to which. Set the batch size to 1."
 )
 
+IN_PARTS = (
+    "SPLAM: another extension evaluates cross-attention in parts, as Regional Prompter does in its mode Attention; "
+    "normalised attention guidance cannot tell the parts apart. Take the tick from the negative prompt at guidance 1 "
+    "in the section SPLAM, or turn that extension off."
+)
+
 
 class Negative:
     """The negative prompt of the evaluation that is being made; `step` says which one that is."""
@@ -93,6 +99,8 @@ def _hooked(attn2: Any, nag: Nag, negative: Negative) -> Iterator[None]:
         if "negative" in seen:  # the second run
             seen["negative"] = args[0]
             return None
+        if "call" not in seen:
+            raise ValueError(IN_PARTS)
         (x, *more), keywords = seen.pop("call")
         positive = keywords.get("context", more[0] if more else None)
         if positive is None:

@@ -117,6 +117,18 @@ def test_prompts_marked_by_the_controlnet_extension(guided, monkeypatch):
     assert_same(found, guided.expected(SimpleNamespace(prompts=[embedding(1)], rng=p.rng), 2))
 
 
+def test_attention_in_parts_is_refused(guided, monkeypatch):
+    """As of Regional Prompter, which projects every region's attention by itself."""
+    if guided.name != "a1111":
+        pytest.skip("has no hooks")
+    module = next(module for module in guided.unet.modules() if hasattr(module, "to_out") and hasattr(module, "runs"))
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **more: (forward(*args, **more) + forward(*args, **more)) / 2)
+    with pytest.raises(ValueError, match="evaluates cross-attention in parts, as Regional Prompter"):
+        guided.run(guided.request(script_args=ON))
+    assert not any(len(part._forward_pre_hooks) for part in guided.unet.modules())
+
+
 def test_hires_fix_and_composed_prompts(guided):
     p = guided.request(enable_hr=True, steps=2, script_args=ON)
     found, info = guided.run(p)
