@@ -87,6 +87,7 @@ def convert(
         weights = load_file(source) if source.is_file() else None
         is_lora = any("lora_" in key or ".lora." in key or key.startswith("lycoris_") for key in weights or {})
         target = resolve_target(name, loras if is_lora else checkpoints, overwrite)
+        found: Source | None = None
         notes: tuple[str, ...] = ()
         if weights is not None and is_lora:
             metadata = read_metadata(source)
@@ -112,6 +113,10 @@ def convert(
                 "is damaged: fetch it again."
             )
     progress(0.7, f"Writing {target.name}")
+    if any(path and path.is_file() and target.is_file() and path.samefile(target) for path in (source, base)):
+        # Windows replaces no file from which tensors are mapped.
+        single = {key: weight.clone() for key, weight in single.items()}
+        del weights, found
     save_file(single, target, metadata)
     progress(1.0, "Done")
     return Converted(target, notes)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -428,6 +429,28 @@ def test_nothing_is_overwritten_without_asking(web, tmp_path):
     assert f"models/Stable-diffusion{os.sep}made.safetensors exists" in message and str(web.models) not in message
     assert file.read_bytes() == b"mine"
     assert web.press(tmp_path / "model", overwrite=True).startswith("Wrote")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_is_converted_in_its_own_place(web, tmp_path, monkeypatch):
+    """Also on Windows, which replaces no file from which the process maps tensors."""
+    replace = os.replace
+
+    def windows(source, target):
+        if str(target) in Path("/proc/self/maps").read_text():
+            raise PermissionError(f"{target} is mapped")
+        replace(source, target)
+
+    module = "unet.mid_block.attentions.0.proj_in"
+    lora = {f"{module}.lora_A.weight": torch.randn(4, 64), f"{module}.lora_B.weight": torch.randn(64, 4)}
+    loras, checkpoints = web.models / "Lora", web.folder
+    safetensors.torch.save_file(lora, loras / "own.safetensors")
+    safetensors.torch.save_file(converted(web, tmp_path, "sd1"), checkpoints / "own.safetensors")
+    monkeypatch.setattr(os, "replace", windows)
+    for folder in (loras, checkpoints):
+        assert web.press(folder / "own.safetensors", "own", overwrite=True).startswith("Wrote")
+    kept = safetensors.torch.load_file(loras / "own.safetensors")
+    assert torch.equal(kept["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"], lora[f"{module}.lora_B.weight"])
 
 
 def spoil_truncate(folder):
