@@ -44,7 +44,6 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 DIFFUSION_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"  # what their files' names begin with
 CLIP_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")
 OPEN_CLIP = "cond_stage_model.model."  # where SD2.x keeps its text encoder, which pads with token 0
-FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
 
 
 @dataclass
@@ -187,11 +186,10 @@ def fold(
         if embedded_guidance != 1:
             logging.debug("SPLAM Loader: no time_embedding.cond_proj; embedded_guidance has nothing to set.")
         return weights, (False, None)
-    weights = {key: weight.float() if key.endswith(FED_BY_COND_PROJ) else weight for key, weight in weights.items()}
     # This repository's trainer embeds gamma so that it is zero at gamma = 1, and names its method in the metadata.
     ours = "splam.method" in metadata
     bandwidth = float(metadata.get("splam.gamma_bandwidth", 1000)) if ours else None
-    folded, _ = fold_gamma(weights, "zero" if ours else float(embedded_guidance))
+    folded, _ = fold_gamma(weights, "zero" if ours else float(embedded_guidance), torch.float32)
     is_gamma = ours or embedded_guidance == 1
     kept = GammaWeights(weights[cond_proj].float(), bandwidth) if is_gamma else None
     return folded, (True, kept)

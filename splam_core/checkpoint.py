@@ -93,11 +93,13 @@ def ldm_to_diffusers(
     )
 
 
-def fold_gamma(state_dict: Mapping[str, Tensor], embedded: str | float = "splam") -> tuple[StateDict, bool]:
+def fold_gamma(
+    state_dict: Mapping[str, Tensor], embedded: str | float = "splam", dtype: torch.dtype | None = None
+) -> tuple[StateDict, bool]:
     """(state dict without cond_proj, whether there was one): its constant at gamma = 1 goes into a bias, exactly.
 
-    Works on diffusers UNets and on LDM UNets, with any prefix; computed in float64, then cast back. The keys cannot
-    tell what a checkpoint embeds, so `embedded` says:
+    Works on diffusers UNets and on LDM UNets, with any prefix; computed in float64, then cast to dtype, or without it
+    to the bias's own. The keys cannot tell what a checkpoint embeds, so `embedded` says:
       "splam"   the authors' released checkpoints, phi at gamma = 1;
       "zero"    an embedding that is zero at gamma = 1 (`gamma_embedding`): the weights are only dropped;
       a number  an LCM checkpoint at that guidance_scale (its pipeline's default is 8.5).
@@ -115,7 +117,7 @@ def fold_gamma(state_dict: Mapping[str, Tensor], embedded: str | float = "splam"
             raise ValueError(f"found {key!r} without the layer it feeds, {layer!r} (weight and bias): incomplete UNet.")
         bias = folded[f"{layer}.bias"]
         delta = fold(_as_double(folded, f"{layer}.weight"), cond_proj, phi)
-        folded[f"{layer}.bias"] = (bias.double().cpu() + delta).to(bias)
+        folded[f"{layer}.bias"] = (bias.double().cpu() + delta).to(bias.device, dtype or bias.dtype)
     return folded, bool(found)
 
 

@@ -37,7 +37,6 @@ Progress = Callable[[float, str], None]
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What a cond_proj in the source was fed.
 EMBEDDED: dict[str, str | float] = {"SPLAM (gamma = 1)": "splam", "LCM (guidance 8.5)": 8.5}
-FED_BY_COND_PROJ = ("time_embedding.linear_1.bias", "time_embed.0.bias")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # of a UNet or VAE, of a text encoder
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
@@ -217,10 +216,9 @@ def _fold_diffusers(weights: StateDict, embedded: str | float, path: Path) -> St
 
 
 def _fold(weights: StateDict, embedded: str | float, path: Path) -> StateDict:
-    # In float32, so that the sum is rounded once, to the precision of the target.
-    wide = {key: weight.float() if key.endswith(FED_BY_COND_PROJ) else weight for key, weight in weights.items()}
     try:
-        return fold_gamma(wide, embedded)[0]
+        # In float32, so that the sum is rounded once, to the precision of the target.
+        return fold_gamma(weights, embedded, torch.float32)[0]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
