@@ -322,11 +322,13 @@ def download(release: Release, revision: str, staging: Path, file: str, facts: F
     check_cancel = comfy.model_management.throw_exception_if_processing_interrupted
     digest = hash_of(part, facts, check_cancel) if found == facts["size"] else f"none, having {found} bytes"
     if digest != facts["hash"]:
+        kept = "What has arrived is kept"
         if found >= facts["size"]:
             part.unlink()
+            kept = "It was not kept"
         raise FetchError(
             f"SPLAM Fetch: {file} of {release.repo} is damaged: expected {facts['size']} bytes with {facts['kind']} "
-            f"{facts['hash']}, found {digest}. It was not kept. Run the node again; if it stays so, the file on "
+            f"{facts['hash']}, found {digest}. {kept}. Run the node again; if it stays so, the file on "
             "the hub or a proxy in between is broken."
         )
     os.replace(part, whole)

@@ -252,6 +252,13 @@ def test_a_wrong_hash_is_named_and_nothing_is_kept(fresh, host):
     assert lora(host).read_bytes() == LARGE
 
 
+def test_what_came_of_a_file_that_ends_too_soon_is_kept(fresh, host):
+    fresh.claimed = {"pytorch_lora_weights.safetensors": len(LARGE) + 5}
+    with pytest.raises(ServerError, match=rf"found none, having {len(LARGE)} bytes\. What has arrived is kept"):
+        fetched(host, LORA)
+    assert part_file(host).read_bytes() == LARGE and not lora(host).exists()
+
+
 def test_offline(fresh, host):
     fresh.stop()
     try:
