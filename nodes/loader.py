@@ -63,7 +63,9 @@ class SPLAMLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, embedded_guidance: float = 1.0) -> list[tuple[str, int]]:
+    def fingerprint_inputs(cls, model_name: str | None, embedded_guidance: float = 1.0) -> list[tuple[str, int]]:
+        if model_name is None:  # by a link, of which the host does not tell the value: what it hangs on tells
+            return []
         # A model that was trained on and exported again is loaded again.
         with host_names():
             return [(str(file), file.stat().st_mtime_ns) for file in files_of(locate(model_name))]

@@ -84,7 +84,9 @@ class SPLAMLoraLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> int:
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> int:
+        if lora_name is None:  # by a link, of which the host does not tell the value: what it hangs on tells
+            return 0
         with host_names():
             return locate_lora(lora_name).stat().st_mtime_ns
 

@@ -302,6 +302,24 @@ def test_a_lora_of_another_family_is_one_clear_error(server, trained, sample):
         sample("deeper.safetensors")
 
 
+def test_names_that_come_by_a_link_are_read_once(server, trained, sample):
+    """As from another pack's selector; the host tells a node's fingerprint nothing of such a name."""
+    lora = put(server, "linked.safetensors", {f"unet.{key}": weight for key, weight in trained(RANK)[1].items()})
+    expected = sample(lora, clip=False)
+    graph = save_latent(text_to_image("", PROMPT, seed=SEED, steps=3))
+    for node, name in (("model", "diffusers/plain"), ("lora", lora)):
+        graph[f"name of {node}"] = {"class_type": "TestChoice", "inputs": {"name": name}}
+    graph["model"]["inputs"]["model_name"] = ["name of model", 0]
+    inputs = {"model": ["model", 0], "lora_name": ["name of lora", 0], "strength_model": 1.0, "strength_clip": 1.0}
+    graph["lora"] = {"class_type": "SPLAMLoraLoader", "inputs": inputs}
+    graph["sampled"]["inputs"]["model"] = ["lora", 0]
+    (file,) = server.files(server.run(graph))
+    assert (load(file)["latent_tensor"] * 0.31).equal(expected)
+    messages = server.run(graph)["status"]["messages"]
+    (cached,) = [details["nodes"] for kind, details in messages if kind == "execution_cached"]
+    assert {"model", "lora", "sampled"} <= set(cached)
+
+
 @pytest.mark.parametrize("name", ["absent.safetensors", "../loras/clean.safetensors", "/etc/passwd"])
 def test_a_lora_that_is_not_listed_is_refused(name, sample):
     with pytest.raises(ServerError, match=r"there is no LoRA .*models.loras"):

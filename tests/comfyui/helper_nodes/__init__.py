@@ -44,6 +44,19 @@ class TestAttentionReplace:
         return (model,)
 
 
+class TestChoice:
+    """As the selectors of other packs: a name that reaches a loader by a link."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("COMBO",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    def run(self, name):
+        return (name,)
+
+
 class TestOutOfMemory:
     """A MODEL for whose second differentiated step the memory does not suffice."""
 
@@ -164,6 +177,7 @@ class TestTrimHeap:
 NODE_CLASS_MAPPINGS = {
     "TestAttentionPatch": TestAttentionPatch,
     "TestAttentionReplace": TestAttentionReplace,
+    "TestChoice": TestChoice,
     "TestControlNet": TestControlNet,
     "TestOutOfMemory": TestOutOfMemory,
     "TestTrimHeap": TestTrimHeap,
