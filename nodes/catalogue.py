@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ def locate(name: str) -> Location:
     if not isinstance(name, str):
         raise ValueError(f"SPLAM Loader: expected the name of a model, found {name!r:.40}. Choose one of the list.")
     found = find_models()
+    name = as_listed(name, found)
     if name in found:
         return found[name]
     release = _release(name.removeprefix("diffusers/")) if name.startswith("diffusers/") and ".." not in name else ""
@@ -90,6 +91,12 @@ def locate(name: str) -> Location:
         "models/diffusers, UNet files into models/diffusion_models, whole *.safetensors checkpoints into "
         "models/checkpoints, and refresh the page; SPLAM Fetch downloads the published ones."
     )
+
+
+def as_listed(name: str, listed: Collection[str]) -> str:
+    """The name as the host lists it: a graph from another system may part its folders by the other slash."""
+    spelled = {one.replace("\\", "/"): one for one in listed}
+    return name if name in listed else spelled.get(name.replace("\\", "/"), name)
 
 
 def is_pickle(name: str) -> bool:

@@ -28,7 +28,7 @@ from ..splam_core.checkpoint import (
 from ..splam_core.families import family_told
 from ..splam_core.keys import lora_key
 from .announce import warn
-from .catalogue import host_names, is_pickle, read_json
+from .catalogue import as_listed, host_names, is_pickle, read_json
 from .families import ATTACHMENT as FAMILY
 from .host import Clip, Model, WeightAdapter
 from .options import search_aliases
@@ -119,10 +119,12 @@ def locate_lora(name: str) -> Path:
         raise ValueError(
             f"SPLAM LoRA Loader: {name!r} is a pickle, which can run code when opened; expected a .safetensors file."
         )
-    path = folder_paths.get_full_path("loras", name) if name in list_loras() else None
+    listed = list_loras()
+    name = as_listed(name, listed)
+    path = folder_paths.get_full_path("loras", name) if name in listed else None
     if path is None:
         raise ValueError(
-            f"SPLAM LoRA Loader: there is no LoRA {name!r}. Found: {', '.join(list_loras()[:20]) or 'none'}. Put "
+            f"SPLAM LoRA Loader: there is no LoRA {name!r}. Found: {', '.join(listed[:20]) or 'none'}. Put "
             "*.safetensors files into models/loras, and refresh the page."
         )
     return Path(path)

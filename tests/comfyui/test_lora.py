@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -320,7 +321,17 @@ def test_names_that_come_by_a_link_are_read_once(server, trained, sample):
     assert {"model", "lora", "sampled"} <= set(cached)
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "../loras/clean.safetensors", "/etc/passwd"])
+@pytest.mark.skipif(os.sep == "\\", reason="makes a file's name of a slash")
+def test_a_graph_from_windows_names_folders_by_the_other_slash(server, trained, sample):
+    (server.folder / "models" / "loras" / "few").mkdir(parents=True, exist_ok=True)
+    weights = {f"unet.{key}": weight for key, weight in trained(RANK)[1].items()}
+    expected = sample(put(server, "few/steps.safetensors", weights), clip=False)
+    assert sample("few\\steps.safetensors", model="diffusers\\plain", clip=False).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["absent.safetensors", "../loras/clean.safetensors", "..\\loras\\clean.safetensors", "/etc/passwd"]
+)
 def test_a_lora_that_is_not_listed_is_refused(name, sample):
     with pytest.raises(ServerError, match=r"there is no LoRA .*models.loras"):
         sample(name)
