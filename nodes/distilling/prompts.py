@@ -22,7 +22,10 @@ def read_prompts(text: str) -> list[str]:
     path = (home / found[0]).resolve()
     if not path.is_relative_to(home) or not path.is_file():
         raise ValueError(f"{NAME}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
-    prompts = _lines(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        prompts = _lines(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{NAME}: {found[0]} is not text in UTF-8 ({error}). Save it as UTF-8.") from error
     if not prompts:
         raise ValueError(f"{NAME}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")
     return prompts

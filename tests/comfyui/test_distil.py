@@ -314,6 +314,15 @@ def test_a_prepared_set(server):
     assert len(losses(server)) == 1
 
 
+def test_prompts_of_an_editor_that_begins_with_a_mark(server):
+    text = "\n".join(PROMPTS[:2])
+    (server.folder / "input" / "marked.txt").write_text(text, encoding="utf-8-sig")
+    server.run(distil(prompts=text, steps=2, seed=23))
+    expected = losses(server)
+    server.run(distil(prompts="marked.txt", steps=2, seed=23))
+    assert losses(server) == expected
+
+
 def test_a_lora_is_gone_on_from(made, server):
     name = sorted(file.name for file in (server.folder / "output" / "loras").glob("distilled_4*"))[-1]
     graph = distil(existing_lora=name, steps=2)
@@ -404,6 +413,7 @@ TWICE = {
         ({"prompts": "not there.txt"}, {}, "there is no file 'not there.txt'"),
         ({"prompts": "../models/x.txt"}, {}, "there is no file"),
         ({"prompts": "empty.txt"}, {}, "empty.txt holds no prompts"),
+        ({"prompts": "wide.txt"}, {}, "wide.txt is not text in UTF-8"),
         ({"model": ["other", 0]}, SD3, "needs a Stable Diffusion model that predicts noise or v"),
         ({"model": ["other", 0]}, FLUX, "needs a Stable Diffusion model that predicts noise or v"),
         ({"existing_lora": "../secret.safetensors"}, {}, "there is no LoRA|not in list"),
@@ -415,6 +425,7 @@ TWICE = {
 )  # fmt: skip
 def test_bad_input_is_one_sentence(settings, more, said, server):
     (server.folder / "input" / "empty.txt").write_text("\n# nothing but this\n")
+    (server.folder / "input" / "wide.txt").write_text(PROMPTS[0], encoding="utf-16")
     with pytest.raises(ServerError, match=said.replace("(", r"\(")):
         server.run(distil(**settings) | more)
 
