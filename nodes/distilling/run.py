@@ -281,7 +281,9 @@ class Run:
             if all(key in state for key in keys.values()):
                 place = {name: "cpu" if name == "step" and not optimizer.defaults["fused"] else parameter.device
                          for name in names}  # fmt: skip
-                optimizer.state[parameter] = {name: state[key].to(place[name]) for name, key in keys.items()}
+                # Copied: Windows replaces no file from which tensors are mapped, and autosaves replace this one.
+                moments = {name: state[key].to(place[name], copy=True) for name, key in keys.items()}
+                optimizer.state[parameter] = moments
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that moves in a run, as tensors."""

@@ -250,8 +250,10 @@ def test_cancelling_keeps_what_was_learned_and_going_on_is_the_same_run(server):
         server.wait(job)
     assert losses(server) == expected[: len(losses(server))]
     assert 1 <= len(losses(server)) < 10
+    marker = len(server.log.read_text(errors="replace"))
     server.run(again)
     assert losses(server) == expected
+    assert "could not be written" not in server.log.read_text(errors="replace")[marker:]
 
 
 def test_cancelling_a_finish_and_going_on_is_the_same_run(server):

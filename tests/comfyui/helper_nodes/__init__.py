@@ -2,10 +2,29 @@
 
 import ctypes
 import gc
+import os
+import sys
+from pathlib import Path
 
 import comfy.controlnet
 import comfy.ldm.modules.attention
 import torch
+
+
+def _as_on_windows() -> None:
+    """Has Linux refuse what Windows does: to replace a file from which this process still maps tensors."""
+    replace = os.replace
+
+    def guarded(source, target, **options):
+        if os.path.realpath(target) in Path("/proc/self/maps").read_text(errors="replace"):
+            raise PermissionError(f"{target} is mapped")
+        replace(source, target, **options)
+
+    os.replace = guarded
+
+
+if sys.platform == "linux":
+    _as_on_windows()
 
 
 class TestAttentionPatch:
