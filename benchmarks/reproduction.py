@@ -38,7 +38,7 @@ from splam_core import (
 )
 from training.models.load import load_pipeline
 from training.models.pipeline import DTYPES, Pipeline
-from training.models.sampling import generate, guided_output, unet_evaluations
+from training.models.sampling import generate, guided_output, teacher_function, unet_evaluations
 from training.models.teachers import ASSETS
 from training.pictures import to_uint8
 from training.run.config import Config, complete
@@ -51,7 +51,6 @@ from training.scoring.curves import (
     endpoint_squares,
     student_function,
     teacher_endpoints,
-    teacher_function,
 )
 from training.scoring.embedded_scores import drawn_captions, features, rendered, scores_of
 from training.scoring.metrics import frechet_distance, frechet_distance_clipped

@@ -7,14 +7,13 @@ import torch
 
 from splam_core import NoiseSchedule
 from training.models.load import load_pipeline
-from training.models.sampling import generate
+from training.models.sampling import generate, teacher_function
 from training.scoring.curves import (
     TIMESTEPS,
     delta,
     endpoint_error,
     student_function,
     teacher_endpoints,
-    teacher_function,
 )
 
 pytestmark = pytest.mark.train

@@ -19,13 +19,12 @@ from training.data.latents import GROUP, Made, read_sample, write_shard
 from training.data.paths import PathData
 from training.data.sources import Record
 from training.models.load import load_pipeline
-from training.models.sampling import generate
+from training.models.sampling import generate, teacher_function
 from training.run.config import parse
 from training.run.distillation import Distillation
 from training.run.loop import train
 from training.run.processes import join_processes
 from training.run.report import SPREAD_SEEDS, Sheets
-from training.scoring.curves import teacher_function
 from training.scoring.variety import TEACHER_STEPS, spread
 
 pytestmark = pytest.mark.train

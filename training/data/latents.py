@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from splam_core import not_finite, predict_epsilon, read_json, reading
+from splam_core import not_finite, read_json, reading
 from splam_core.solver import draw_latents
 
 from ..files import write_whole
 from ..models.pipeline import DTYPES, Pipeline
-from ..models.sampling import guided_output
+from ..models.sampling import teacher_function
 from .images import crop, load_picture
 from .sources import Record, Skip
 
@@ -152,12 +152,7 @@ def teacher_latents(
     shape = (pipeline.latent_shape[0], size[0] // pipeline.vae_scale, size[1] // pipeline.vae_scale)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     conditioning, negative = pipeline.encode(list(prompts), size), pipeline.unconditional(size)
-
-    def teacher(x: Tensor, t: Tensor) -> Tensor:
-        output = guided_output(pipeline, x, t, conditioning, negative, guidance_scale)
-        alpha, sigma = pipeline.schedule.alpha(t), pipeline.schedule.sigma(t)
-        return predict_epsilon(output, x, alpha, sigma, pipeline.prediction_type)
-
+    teacher = teacher_function(pipeline, conditioning, negative, guidance_scale)
     return draw_latents(teacher, torch.stack(noise).to(pipeline.device), pipeline.schedule, steps)
 
 

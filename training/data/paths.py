@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splam_core import SOLVERS, add_noise, draws, predict_epsilon, read_json, solve_paths
+from splam_core import SOLVERS, add_noise, draws, read_json, solve_paths
 from splam_core.order import Order
 from splam_core.paths import draw_starts
 from splam_core.recipe import on_device
@@ -23,7 +23,7 @@ from splam_core.recipe import on_device
 from ..files import write_whole
 from ..flags import flag
 from ..models.pipeline import DTYPES, Conditioning, Pipeline
-from ..models.sampling import guided_output
+from ..models.sampling import teacher_function
 from .base import TrainingData, unet_hash
 from .latents import GROUP, META, Made, Sample, read_index, read_sample, write_shard
 from .options import DataOptions
@@ -152,12 +152,8 @@ class PathPreparation:
     @torch.no_grad()
     def _solved(self, latents: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[int, Sample]]:
         """The paths from samples with the noise and the start of these indices, each with its text embeddings."""
-        pipeline, settings, schedule = self.pipeline, self.settings, self.pipeline.schedule
-
-        def teacher(x: Tensor, t: Tensor) -> Tensor:
-            output = guided_output(pipeline, x, t, conditioning, self.negative, settings.guidance_scale)
-            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
-
+        settings, schedule = self.settings, self.pipeline.schedule
+        teacher = teacher_function(self.pipeline, conditioning, self.negative, settings.guidance_scale)
         drawn = draws(settings.path_seed, indices, latents.shape[1:])
         noise, u, _ = (on_device(part, latents.device) for part in drawn)
         t = draw_starts(u, schedule.num_train_timesteps, settings.path_top_share, settings.timestep_power)

@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepS
 from torch import Tensor
 
 from splam_core import Denoiser, ddim_step, few_step_timesteps, guided, predict_epsilon, renoise_generator, sample
+from splam_core.solver import Teacher
 
 from .pipeline import Conditioning, Pipeline, unet_arguments
 
@@ -33,6 +34,19 @@ def guided_output(
     }
     inputs = torch.cat([x, x]).to(unet.dtype), torch.cat([t, t])
     return guided(*unet(*inputs, **unet_arguments(both, unet.dtype)).sample.to(x).chunk(2), w)
+
+
+def teacher_function(
+    pipeline: Pipeline, conditioning: Conditioning, negative: Conditioning, guidance_scale: float
+) -> Teacher:
+    """The guided epsilon of a pipeline (eq. 18) as a function of (x [B, ...], t [B]); prompts as in `guided_output`."""
+    schedule = pipeline.schedule
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        output = guided_output(pipeline, x, t, conditioning, negative, guidance_scale)
+        return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
+
+    return epsilon
 
 
 def unet_evaluations(steps: int, guidance_scale: float) -> int:
@@ -116,14 +130,12 @@ def _ddim(
     steps: int,
     w: float,
 ) -> Tensor:
-    schedule = pipeline.schedule
+    teacher, schedule = teacher_function(pipeline, conditioning, negative, w), pipeline.schedule
     last = schedule.num_train_timesteps
     grid = [round(last * (steps - i) / steps) - 1 for i in range(steps)] + [0]
     for now, then in itertools.pairwise(grid):
         t, s = (torch.full((len(x),), step, device=x.device) for step in (now, then))
-        output = guided_output(pipeline, x, t, conditioning, negative, w)
-        epsilon = predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
-        x = ddim_step(x, epsilon, t, s, schedule)
+        x = ddim_step(x, teacher(x, t), t, s, schedule)
     return x
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from splam_core import Objective, PathObjective, draws, predict_epsilon, sample_gamma
+from splam_core import Objective, PathObjective, draws, sample_gamma
 from splam_core.paths import draw_places
 from splam_core.recipe import on_device
 
 from ..models.pipeline import Conditioning, Pipeline
-from ..models.sampling import guided_output
+from ..models.sampling import teacher_function
 from .config import Config
 from .networks import Networks
 
@@ -35,14 +35,10 @@ class Consistency:
 
     def losses(self, latents: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[str, Tensor]]:
         """("student", its loss [], the mean over a batch of samples): latents [B, C, h, w] are those of `indices`."""
-        config, teacher, schedule = self.config, self.teacher, self.teacher.schedule
-
-        def guided_epsilon(x: Tensor, t: Tensor) -> Tensor:
-            output = guided_output(teacher, x, t, conditioning, self.negative, config.guidance_scale)
-            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), teacher.prediction_type)
-
+        config = self.config
+        teacher = teacher_function(self.teacher, conditioning, self.negative, config.guidance_scale)
         student, target = (self.networks.net(role, conditioning) for role in ("student", "target"))
-        yield "student", config.loss(self.objective, student, target, guided_epsilon, latents, config.seed, indices)
+        yield "student", config.loss(self.objective, student, target, teacher, latents, config.seed, indices)
 
     def forwards(self, indices: range) -> int:
         """UNet evaluations of these samples; a backward pass counts 2."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from splam_core import Denoiser, DistributionMatching, predict_epsilon
+from splam_core import Denoiser, DistributionMatching
 from splam_core.denoiser import Network
 
 from ..models.pipeline import Conditioning, Pipeline
-from ..models.sampling import guided_output
+from ..models.sampling import teacher_function
 from .config import Config
 from .consistency import Consistency, KeptPaths
 from .networks import Networks
@@ -29,19 +29,15 @@ class Finishing:
 
     def losses(self, latents: Tensor, conditioning: Conditioning, indices: range) -> Iterator[tuple[str, Tensor]]:
         """Each role that learns and its loss [], as `Finish.finish_losses`. Of the latents only the shape is read."""
-        config, teacher = self.config, self.teacher
+        config = self.config
+        teacher = teacher_function(self.teacher, conditioning, self.negative, config.finish_guidance)
 
         def net(role: str, rows: Tensor | None) -> Network:
             told = conditioning if rows is None else {key: value[rows] for key, value in conditioning.items()}
             return self.networks.net(role, told)
 
-        def guided_epsilon(x: Tensor, t: Tensor) -> Tensor:
-            output = guided_output(teacher, x, t, conditioning, self.negative, config.finish_guidance)
-            schedule = teacher.schedule
-            return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), teacher.prediction_type)
-
         return config.finish_losses(
-            self.objective, net, guided_epsilon, latents.shape[1:], config.seed, indices, latents.device,
+            self.objective, net, teacher, latents.shape[1:], config.seed, indices, latents.device,
             self.networks.sharded,
         )  # fmt: skip
 

@@ -12,7 +12,8 @@ from splam_core import add_noise, draws, few_step_timesteps
 
 from ..data import TrainingData
 from ..models.pipeline import Conditioning, Pipeline
-from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function, teacher_function, teacher_path
+from ..models.sampling import teacher_function
+from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function, teacher_path
 from .config import Config
 from .networks import Networks
 

@@ -16,7 +16,6 @@ from splam_core import (
     NoiseSchedule,
     add_noise,
     few_step_timesteps,
-    predict_epsilon,
     solver_path,
 )
 
@@ -129,19 +128,6 @@ def student_function(
         return guided_output(pipeline, x, t, conditioning, negative, guidance_scale)
 
     return lambda x, t: denoiser(net, x, None, None, t)
-
-
-def teacher_function(
-    pipeline: Pipeline, conditioning: Conditioning, negative: Conditioning, guidance_scale: float
-) -> Function:
-    """The guided epsilon of a pipeline (eq. 18)."""
-    schedule = pipeline.schedule
-
-    def epsilon(x: Tensor, t: Tensor) -> Tensor:
-        output = guided_output(pipeline, x, t, conditioning, negative, guidance_scale)
-        return predict_epsilon(output, x, schedule.alpha(t), schedule.sigma(t), pipeline.prediction_type)
-
-    return epsilon
 
 
 def mean_squares(difference: Tensor) -> Tensor:

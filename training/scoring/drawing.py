@@ -17,11 +17,11 @@ from tqdm import tqdm
 from ..models.load import load_pipeline
 from ..models.lora import merged, read_lora
 from ..models.pipeline import DTYPES, Pipeline, weights_hash
-from ..models.sampling import generate, unet_evaluations
+from ..models.sampling import generate, teacher_function, unet_evaluations
 from ..models.teachers import EMBEDDED, NAMED
 from ..pictures import to_uint8
 from ..scenes.shapes import Caption
-from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints, teacher_function
+from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints
 from .embedded_scores import drawn_captions, rendered
 from .pictures import PictureFolder, Source, batches_of
 from .protocols import protocol_captions
