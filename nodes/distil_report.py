@@ -1,9 +1,8 @@
 """SPLAM Distil Report: teacher and student at several steps for the same prompts and seeds, as one picture."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -92,9 +91,8 @@ class SPLAMDistilReport(io.ComfyNode):
             first = HostUNet(teacher, checkpointing=False)
             shape = (first.channels, resolution // 8, resolution // 8)
             blank = torch.zeros(1, *shape)
-            told, empty = ([first.told(one, blank, torch.float32)[0] for one in read(clip, group)] for group in
-                             (chosen, [""]))  # fmt: skip
-            nothing = first.nothing(empty[0])
+            *told, empty = [first.told(one, blank, torch.float32)[0] for one in read(clip, [*chosen, ""])]
+            nothing = first.nothing(empty)
             with _ready(first, shape):
                 latents = teacher_latents(first, told, nothing, shape, guidance, teacher_steps)
                 bar.update(1)
@@ -120,17 +118,12 @@ def read(clip: Clip, prompts: Sequence[str]) -> list[Conditioning]:
     return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts]
 
 
-class _ready:
+@contextmanager
+def _ready(host: HostUNet, shape: tuple[int, int, int]) -> Iterator[None]:
     """The UNet is loaded and can be asked outside the host's sampling meanwhile."""
-
-    def __init__(self, host: HostUNet, shape: tuple[int, int, int]):
-        self.host = host
+    try:
         host.load((2, *shape))
-        self.inner = host.differentiable(None)
-
-    def __enter__(self) -> None:
-        self.inner.__enter__()
-
-    def __exit__(self, *what: Any) -> None:
-        self.inner.__exit__(*what)
-        self.host.release()
+        with host.differentiable(None):
+            yield
+    finally:
+        host.release()
