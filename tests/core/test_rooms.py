@@ -16,7 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "flags": {"files"},
     "pictures": set(),
     "models": {"files"},
-    "scenes": set(),
+    "scenes": {"files"},
     "data": {"files", "flags", "pictures", "models", "scenes"},
     "scoring": {"files", "flags", "pictures", "models", "scenes"},
     "embedded": {"files", "pictures", "models", "scenes"},

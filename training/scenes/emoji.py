@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..models.teachers import ASSETS
+from ..files import shipped
 
+FOLDER = shipped("assets") / "emoji"
 IMAGE_SIZE = 128
 GRID = 8
 SINGLE, PAIR = 104, 56  # side of the square that an emoji fills, px: alone, and of two
@@ -168,7 +169,7 @@ class Pictures:
     Raises FileNotFoundError where the folder lacks one of the vocabulary.
     """
 
-    def __init__(self, folder: Path = ASSETS / "emoji") -> None:
+    def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
         lacking = [f"{code}.webp" for code in NAMES.values() if not (self.folder / f"{code}.webp").is_file()]
         if lacking:
