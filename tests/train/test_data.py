@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 import threading
+import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from training.data.latents import Encoder, teacher_latents
 from training.data.prompts import compose
 from training.data.samples import PROMPTS
 from training.data.sources import Record, Skip, open_source
+from training.data.tars import members
 from training.models.load import load_pipeline
 
 pytestmark = pytest.mark.train
@@ -182,6 +184,18 @@ def test_all_kinds_of_one_set_give_the_same_records(tmp_path):
             for record in records:
                 number = CAPTIONS.index(record.caption)
                 assert np.array_equal(load_picture(record.picture()), noise_picture(number)), spec
+
+
+def test_a_stream_that_is_left_hangs_up(tmp_path, monkeypatch):
+    answers, urlopen = [], urllib.request.urlopen
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *of, **more: answers.append(urlopen(*of, **more)) or answers[-1]
+    )
+    with Served(make_tars(tmp_path / "tars", count=1)) as server:
+        files = members(server.address + "/part-000.tar")
+        next(files)
+        files.close()
+    assert len(answers) == 1 and answers[0].closed
 
 
 def test_a_dataset_streams_as_it_reads(tmp_path):

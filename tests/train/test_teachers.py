@@ -248,6 +248,18 @@ def test_a_whole_pipeline_lacks_nothing(tiny_pipeline):
     assert lacking(tiny_pipeline) == [] == lacking(EMBEDDED)
 
 
+@pytest.mark.parametrize("content", [b'{"weight_map": {', b"\xff\xfe\x00", b"[]"])
+def test_a_damaged_index_is_lacking(tiny_pipeline, tmp_path, content):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, folder)
+    (folder / "model_index.json").write_bytes(content)
+    assert lacking(folder) == ["model_index.json"]
+    shutil.copy(tiny_pipeline / "model_index.json", folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_bytes(content)
+    assert lacking(folder) == ["unet/diffusion_pytorch_model.safetensors.index.json"]
+
+
 def test_presets_are_the_papers_and_are_printed():
     sd15, sd21 = TEACHERS["sd15"], TEACHERS["sd21-base"]
     assert (sd15.skip, sd15.solver_skip, sd15.guidance_scale, sd15.loss_type) == (100, 20, 3.0, "huber")

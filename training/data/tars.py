@@ -176,10 +176,19 @@ class _Url(io.RawIOBase):
                 error = answer
             except (OSError, http.client.HTTPException) as failure:
                 error = failure
-            self.response = None
+            self._hang_up()
             if attempt == RETRIES:
                 raise OSError(f"{self.url}: {error}") from error
         return 0
+
+    def close(self) -> None:
+        self._hang_up()
+        super().close()
+
+    def _hang_up(self) -> None:
+        if self.response is not None:
+            self.response.close()
+            self.response = None
 
     def _connect(self) -> None:
         request = urllib.request.Request(

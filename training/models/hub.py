@@ -31,13 +31,27 @@ def cached(repo: str, revision: str = "main") -> Path | None:
 
 
 def lacking(folder: Path) -> list[str]:
-    """What a diffusers folder lacks of a pipeline that can be read, by file name; [] for a whole one."""
+    """What a diffusers folder lacks of a pipeline that can be read, by file name; [] for a whole one.
+
+    An index that is no JSON object is lacking too: it is to be downloaded again.
+    """
+    missing: list[str] = []
+
+    def read(name: str) -> dict:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            missing.append(name)
+        return found if isinstance(found, dict) else {}
+
     parts = ["unet", "vae", "text_encoder"]
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read("model_index.json")
     if index.get("text_encoder_2", [None])[0]:
         parts.append("text_encoder_2")
     names = ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)]
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing += [name for name in names if not (folder / name).is_file()]
     for tokenizer in (part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text")):
         if not any((folder / tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json")):
             missing.append(f"{tokenizer}/vocab.json")
@@ -48,7 +62,7 @@ def lacking(folder: Path) -> list[str]:
             f"{part}/{shard}"
             for name in weights
             if name.endswith(".index.json")
-            for shard in json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            for shard in read(name).get("weight_map", {}).values()
         }
         missing += sorted((shards or ({f"{part}/{_stem(part)}.safetensors"} if not weights else set())) - files)
     return missing
