@@ -363,6 +363,7 @@ def test_the_teachers_command_trains_resumes_and_draws(tmp_path, monkeypatch, ca
     tiny_vae().save_pretrained(tmp_path / "vae")
     build_text_encoder(WIDTH).save_pretrained(tmp_path / "text_encoder")
     monkeypatch.setattr(teacher, "build_unet", tiny_unet)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes minutes
     monkeypatch.setattr(teacher, "SHARD", 4)
     monkeypatch.setattr(teacher, "SHOWN", 6)
     monkeypatch.setattr(teacher, "SHOWN_STEPS", 2)

@@ -1,6 +1,7 @@
 """Whatever ends a run, it goes on as if nothing had happened, or says what did."""
 
 import errno
+import gc
 import json
 import os
 import random
@@ -318,6 +319,28 @@ def test_a_resumed_adamw_counts_its_steps_on_the_cpu(tmp_path):
         OptimizerState(resumed, elsewhere, sharded=False).load_state_dict(saved)
         (slots,) = resumed.state.values()
         assert (slots["step"].device.type, slots["exp_avg"].device.type) == (place, "meta")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")
+def test_what_a_resumed_run_keeps_on_the_cpu_maps_no_file(tmp_path):
+    """Windows deletes no file that is mapped, and the checkpoint is to be rotated away."""
+
+    def mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], 1e-3)
+    weight.sum().backward()
+    optimizer.step()
+    write_checkpoint(tmp_path / "checkpoint-1", {"optimizer": optimizer.state_dict()}, {})
+    states, _ = read_checkpoint(tmp_path / "checkpoint-1", mmap=True)
+    assert mapped()
+    elsewhere = [torch.nn.Parameter(torch.ones(3, device="meta"))]
+    resumed = torch.optim.AdamW(elsewhere, 1e-3)
+    OptimizerState(resumed, elsewhere, sharded=False).load_state_dict(states.pop("optimizer"))
+    (slots,) = resumed.state.values()
+    assert slots["step"] == 1 and not mapped()
 
 
 def test_one_more_object_of_a_checkpoint_costs_a_word(tmp_path):

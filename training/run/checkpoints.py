@@ -152,7 +152,8 @@ def read_checkpoint(folder: Path, mmap: bool = False) -> tuple[dict[str, dict[st
     """(states by name, facts) of a verified checkpoint. Raises CheckpointError for a folder that is none.
 
     All tensors are on the CPU: an optimizer takes to its device what belongs there, and AdamW's step count does not.
-    mmap: leave the optimizers' on the disk until they are used; for those that copy them.
+    mmap: leave the optimizers' on the disk until they are used; for those that copy them. (What stays on the CPU is
+    copied here: it would keep the file mapped, and Windows deletes none that is.)
     """
     if not (folder / "state.json").is_file():
         raise CheckpointError(
@@ -163,12 +164,19 @@ def read_checkpoint(folder: Path, mmap: bool = False) -> tuple[dict[str, dict[st
             file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))
         }
         for file in sorted(folder.glob("*.pt")):
-            states[file.stem] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            states[file.stem] = _own_scalars(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
         return states, json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except Exception as error:  # of torch, of safetensors and of pickles, which have many
         raise CheckpointError(
             f"{folder} cannot be read ({shortened(str(error))}). Resume from another checkpoint."
         ) from error
+
+
+def _own_scalars(state: Any) -> Any:
+    """The state with copies of its tensors of no dimension, such as AdamW's step counts."""
+    if isinstance(state, dict):
+        return {key: _own_scalars(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) and state.ndim == 0 else state
 
 
 def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:
