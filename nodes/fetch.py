@@ -15,9 +15,9 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
-from server import PromptServer
 
 from ..splam_core.checkpoint import shortened
+from .announce import show
 from .catalogue import host_names, in_host_names
 from .host import ProgressBar
 from .options import search_aliases
@@ -124,8 +124,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self.node_id is not None:
-            PromptServer.instance.send_progress_text(text, self.node_id)
+        show(text)
 
     def start(self, total: int, done: int) -> None:
         self.bar, self.done = comfy.utils.ProgressBar(total, node_id=self.node_id), done

@@ -1,5 +1,7 @@
 """SPLAM Fetch in a real ComfyUI, against a hub of our own on this machine that can misbehave."""
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import threading
@@ -7,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 
 from harness.server import ComfyServer, ServerError
@@ -180,6 +183,30 @@ def lora(host):
 
 def part_file(host):
     return host.folder / "models" / "loras" / "slam-lora-sdxl.download" / "pytorch_lora_weights.safetensors.part"
+
+
+def test_what_it_does_is_told_to_the_page_that_queued_it_alone(fresh, host):
+    async def listen() -> dict[str, list[bytes]]:
+        told: dict[str, list[bytes]] = {"mine": [], "theirs": []}
+        async with aiohttp.ClientSession(host.url) as session:
+            pages = {name: await session.ws_connect("/ws", params={"clientId": name}) for name in told}
+            await session.post("/prompt", json={"prompt": graph(LORA), "client_id": "mine"})
+            while True:
+                message = await pages["mine"].receive(timeout=300)
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    told["mine"].append(message.data)
+                elif message.json()["type"] == "execution_success":
+                    break
+            with contextlib.suppress(asyncio.TimeoutError):  # on Python 3.10 another class than the built-in
+                while True:
+                    message = await pages["theirs"].receive(timeout=1)
+                    if message.type is aiohttp.WSMsgType.BINARY:
+                        told["theirs"].append(message.data)
+        return told
+
+    told = asyncio.run(listen())
+    assert any(b"slam-lora-sdxl" in message or b"licence" in message for message in told["mine"])
+    assert not told["theirs"]
 
 
 def test_a_lora_arrives_whole_and_is_not_asked_for_again(fresh, host):
