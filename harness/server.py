@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +119,11 @@ class ComfyServer:
                     where = {key: item[key] for key in ("filename", "subfolder", "type")}
                     saved.append(self._request("/view?" + urllib.parse.urlencode(where)))
         return saved
+
+    def listen(self) -> Callable[[], str]:
+        """Gives what the server has logged since it was asked to: what stands before, other graphs may have said."""
+        begin = self.log.stat().st_size
+        return lambda: self.log.read_bytes()[begin:].decode(errors="replace")
 
     def log_tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -268,10 +268,10 @@ def test_cancel_in_mid_step(refinements, server, then_right):
         "inputs": {"model": ["model", 0], "gamma_conditioning": "noise-level"},
     }
     graph["sampled"]["inputs"]["model"] = ["patch", 0]
-    marker = len(server.log.read_text(errors="replace"))
+    logged = server.listen()
     prompt_id = server.queue(save_latent(graph))
     end = time.monotonic() + 120
-    while not re.search(r"\b[1-7]/8 \[", server.log.read_text(errors="replace")[marker:]):
+    while not re.search(r"\b[1-7]/8 \[", logged()):
         assert time.monotonic() < end, server.log_tail()
         time.sleep(0.02)
     server.post("/interrupt", {})

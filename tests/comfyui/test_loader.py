@@ -105,10 +105,10 @@ def test_a_unet_folder_brings_its_config(server, pipelines, tokens, sample_unet)
 
 def test_a_unet_alone_has_no_clip_and_no_vae_and_says_so(server, pipelines):
     name = put(server, "diffusion_models", "alone.safetensors", unet_weights(pipelines, "plain"))
-    marker = len(server.log.read_text(errors="replace"))
+    logged = server.listen()
     with pytest.raises(ServerError, match=r"CLIPTextEncode: .*clip input is invalid: None"):
         server.run(save_latent(text_to_image(name, PROMPT)))
-    log = server.log.read_text(errors="replace")[marker:]
+    log = logged()
     assert log.count("alone.safetensors has no CLIP (text encoder) and no VAE; take them from") == 1
 
 
@@ -248,8 +248,9 @@ def test_distilling_the_xl_shape(xl, server):
     """Pooled text and sizes reach the UNet in training, and the LoRA has a place in it."""
     graph = distil(xl[0], prompts="a red ring\na blue star", steps=2, vae=None, gradient_checkpointing=True)
     graph |= {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
+    logged = server.listen()
     server.run(graph)
-    assert "lora key not loaded" not in server.log.read_text(errors="replace")
+    assert "lora key not loaded" not in logged()
 
 
 def test_a_single_file_of_the_xl_shape(xl, pipelines, server, sample):
@@ -331,10 +332,10 @@ def test_published_releases_stand_out_and_keep_their_place_as_an_alias(server, p
 
 def test_a_model_that_is_no_consistency_model_loads_and_says_so_once(server, pipelines, sample):
     shutil.copytree(pipelines.folder / "plain", pipelines.folder / "ordinary", dirs_exist_ok=True)
-    marker = len(server.log.read_text(errors="replace"))
+    logged = server.listen()
     sample("diffusers/ordinary")
     sample("diffusers/gamma", steps=2)
-    log = server.log.read_text(errors="replace")[marker:]
+    log = logged()
     assert log.count("as a SPLAM or LCM model (no LCMScheduler, no cond_proj, no splam metadata)") == 1
 
 

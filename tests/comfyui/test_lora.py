@@ -87,8 +87,8 @@ def put(server, name: str, weights: dict, metadata: dict | None = None) -> str:
 
 def log_of(server, run):
     """(what run() gives, what the log gained)."""
-    marker = len(server.log.read_text(errors="replace"))
-    return run(), server.log.read_text(errors="replace")[marker:]
+    logged = server.listen()
+    return run(), logged()
 
 
 def kohya(unet_lora: dict, text_lora: dict, alpha: float) -> dict:

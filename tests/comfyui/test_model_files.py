@@ -72,10 +72,10 @@ def test_a_v_model_by_every_name(named, server, pipelines, tokens, sample):
         metadata |= {"modelspec.prediction_type": "epsilon"}
     if named == "predict_key":
         metadata |= {"modelspec.predict_key": "v"}
-    marker = len(server.log.read_text(errors="replace"))
+    logged = server.listen()
     found = sample(put(server, "checkpoints", f"v {named}.safetensors", weights, metadata))
     assert relative_error(found, expected_latents(pipelines.reference("v"), tokens, **V)) < 1e-4
-    log = server.log.read_text(errors="replace")[marker:]
+    log = logged()
     said = "the key 'v_pred' says v_prediction, its metadata 'modelspec.prediction_type' epsilon; the first is believed"
     assert log.count(said) == (named == "key against metadata")
 
