@@ -11,13 +11,12 @@ from typing import Any
 import folder_paths
 
 from ..splam_core import checkpoint
-from ..splam_core.checkpoint import PICKLES, is_safetensors, shortened
+from ..splam_core.checkpoint import PICKLES, is_safetensors, with_names
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "embedded"
 PUBLISHER = "alimama-creative"
 RELEASES = ("slam-sd1.5", "slam-dreamshaper7")  # folder names of the authors' published pipelines
 KINDS = ("checkpoints", "diffusion_models", "diffusers", "loras")  # the host's folders that are read
-MOST = 4000  # characters of an error: a file's names may be megabytes long
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,7 @@ def in_host_names(text: str) -> str:
     known |= {Path(folder_paths.get_output_directory()): "output"}
     known |= {Path(folder_paths.models_dir): "models", Path(folder_paths.base_path): "ComfyUI", EMBEDDED: "embedded"}
     known |= {Path(folder): kind for kind in KINDS for folder in folder_paths.get_folder_paths(kind)}
-    # Also as links lead to them, and as Python's own errors quote them where a name has backslashes.
-    written = {
-        str(form): name for path, name in known.items() for form in (path, path.resolve()) if len(path.parts) > 1
-    }
-    written |= {repr(path)[1:-1]: name for path, name in written.items()}
-    for path in sorted(written, key=len, reverse=True):
-        text = text.replace(path, written[path])
-    return shortened(text, MOST)
+    return with_names(text, known)
 
 
 def read_json(file: Path) -> dict[str, Any]:

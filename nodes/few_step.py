@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..splam_core.sampler import add_noise, fresh_noise, sample
-from ..splam_core.schedule import broadcast_to, few_step_timesteps
+from ..splam_core.schedule import GRID, broadcast_to, few_step_timesteps
 from ..splam_core.subpath import SubPathLinear
 from .gamma import asking_at
 from .host import ModelSampling, WrappedModel
@@ -26,7 +26,6 @@ from .parametrisation import (
     takes_sub_paths,
 )
 
-GRID = 50  # points of the grid that distillation trains on; image-to-image keeps int(GRID * denoise) of them
 NAME = "splam"  # in KSampler's lists of samplers and schedulers
 
 
@@ -78,7 +77,7 @@ def splam_sigmas(sampling: ModelSampling, steps: int, denoise: float = 1.0) -> T
     """
     schedule_of(sampling)  # for its errors: the timesteps mean nothing to other kinds of models
     # From the model's own table: the host compares the first one with its largest to tell text-to-image.
-    return torch.cat([sampling.sigma(few_step_timesteps(steps, denoise, GRID)), torch.zeros(1)])
+    return torch.cat([sampling.sigma(few_step_timesteps(steps, denoise)), torch.zeros(1)])
 
 
 @torch.no_grad()

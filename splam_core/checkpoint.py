@@ -250,6 +250,18 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
+def with_names(text: str, folders: Mapping[Path, str], most: int = 4000) -> str:
+    """An error's text for whoever sees a shared server's page: the folders' names in place of paths; `shortened`."""
+    # Also as links lead to them, and as Python's own errors quote them where a name has backslashes.
+    written = {
+        str(form): name for path, name in folders.items() for form in (path, path.resolve()) if len(path.parts) > 1
+    }
+    written |= {repr(path)[1:-1]: name for path, name in written.items()}
+    for path in sorted(written, key=len, reverse=True):
+        text = text.replace(path, written[path])
+    return shortened(text, most)
+
+
 def weight_files(folder: str | os.PathLike[str], stem: str) -> list[Path]:
     """The files of one part of a diffusers pipeline: <stem>.safetensors, its fp16 variant, or shards and their index.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRID = 50  # training sees the timesteps that few-step sampling picks from: 19, 39, .., 999
+from .schedule import GRID
 
 
 def draws(seed: int, indices: range, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, Network
-from .draws import GRID
 from .matching import DistributionMatching, draw_places, matching_draws, simulate
 from .recipe import on_device, setting
+from .schedule import GRID
 from .solver import Teacher
 
 FINISHES = ("none", "distribution-matching")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+GRID = 50  # timesteps that training sees and few-step sampling picks from: 19, 39, .., 999
 ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08  # what ComfyUI takes for the 0 at the end of a zero-SNR schedule
 MOST_TIMESTEPS = 100_000  # a hundred times Stable Diffusion's: a file that asks for more asks for memory
 
@@ -177,7 +178,7 @@ def _log_ratio(signal: Tensor, noise: Tensor) -> Tensor:
     return (noise.log() - signal.log()) / 2
 
 
-def few_step_timesteps(steps: int, strength: float = 1.0, grid: int = 50, num_train_timesteps: int = 1000) -> Tensor:
+def few_step_timesteps(steps: int, strength: float = 1.0, grid: int = GRID, num_train_timesteps: int = 1000) -> Tensor:
     """Descending timesteps [steps] of a few-step run, as diffusers' LCMScheduler picks them.
 
     The grid {19, 39, .., 999} is the one distillation trained on. Image-to-image keeps its lowest

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from splam_core import NoiseSchedule, boundary_scalings, broadcast_to, few_step_timesteps, sample
 from splam_core.nag import Nag
+from splam_core.schedule import GRID
 
 from . import hosts
 from .nag import Negative, guided
 
 NAME = "SPLAM"
 MOST_STEPS = 8  # more are allowed, with a hint
-GRID = 50  # LCMScheduler's original_inference_steps
 ZERO_SNR_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6; hosts end one of zero SNR at 4519
 HINT = (
     "SPLAM is made for 1 to 8 steps (4 is usual): more take longer and change little. "

@@ -9,11 +9,10 @@ from modules import sd_models, shared
 from modules.paths import models_path
 from modules.ui_common import create_refresh_button
 
-from splam_core.checkpoint import shortened
+from splam_core.checkpoint import shortened, with_names
 
 from .convert import EMBEDDED, PRECISIONS, convert
 
-MOST = 4000  # characters of an error: a file's names may be megabytes long
 NO_BASE = "None: the source has all parts"
 ABOUT = (
     "Checkpoints of SPLAM and LCM come as diffusers folders or bare UNets, often with a weight `cond_proj` for which "
@@ -97,19 +96,12 @@ def lora_folder() -> Path:
 
 
 def in_host_names(text: str) -> str:
-    """The text with the program's folders in place of their paths, and no longer than a screen.
-
-    Whoever sees the page reads it.
-    """
+    """The text with the program's folders in place of their paths, and no longer than a screen."""
     folders = {Path(models_path): "models", Path(sd_models.model_path): "models/Stable-diffusion"}
     folders[lora_folder()] = "models/Lora"
     if elsewhere := getattr(shared.cmd_opts, "ckpt_dir", None):
         folders[Path(elsewhere)] = "models/Stable-diffusion"
-    known = {str(path): name for folder, name in folders.items() for path in (folder, folder.resolve())}
-    known |= {repr(path)[1:-1]: name for path, name in known.items()}  # as Python quotes names with backslashes
-    for path in sorted(known, key=len, reverse=True):
-        text = text.replace(path, known[path])
-    return shortened(text, MOST)
+    return with_names(text, folders)
 
 
 def readable(source: str) -> Path:

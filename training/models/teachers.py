@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from splam_core.checkpoint import PICKLES
+
 from ..files import shipped
 from .hub import HUB_ID, _download, cached, command, lacking
 
 ASSETS = shipped("assets")
 EMBEDDED = ASSETS / "embedded"
 NAMED = {"embedded": EMBEDDED, "embedded-teacher": EMBEDDED, "embedded-student": EMBEDDED / "student"}
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 @dataclass(frozen=True)
