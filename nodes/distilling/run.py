@@ -296,6 +296,7 @@ class Run:
         """The rest of the state, as JSON; losses are those of all steps."""
         facts = {"step": self.step, "losses": self.losses, "skipped": self.skipped}
         facts["watch"] = self.watches["student"].state_dict()
+        facts["scalers"] = {role: scaler.state_dict() for role, scaler in self.scalers.items() if scaler.is_enabled()}
         if self.finishing:
             facts |= {"begun": self.begun, "fake_losses": self.fake_losses}
             facts["fake_watch"] = self.watches["fake"].state_dict()
@@ -315,6 +316,8 @@ class Run:
             self._put_back(role, state)
         self.step, self.losses, self.skipped = facts["step"], list(facts["losses"]), facts["skipped"]
         self.watches["student"].load_state_dict(facts["watch"])
+        for role, scale in facts.get("scalers", {}).items():  # older files have none: the scale begins anew
+            self.scalers[role].load_state_dict(scale)
 
     def identity(self, *more: object) -> str:
         """Equal for runs of which one can go on from the other's state: `steps` and the finish may differ."""
