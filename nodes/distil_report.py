@@ -85,10 +85,10 @@ class SPLAMDistilReport(io.ComfyNode):
             raise ValueError(
                 f"{NAME}: resolution must be a multiple of 8, got {resolution}. Use {resolution // 8 * 8}."
             )
-        chosen = read_prompts(prompts)[:rows]
+        chosen = read_prompts(prompts, NAME)[:rows]
         bar = comfy.utils.ProgressBar(len(STUDENT_STEPS) + 2)
         with torch.inference_mode(False), torch.no_grad():
-            first = HostUNet(teacher, checkpointing=False)
+            first = HostUNet(teacher, checkpointing=False, node=NAME)
             shape = (first.channels, resolution // 8, resolution // 8)
             blank = torch.zeros(1, *shape)
             *told, empty = [first.told(one, blank, torch.float32)[0] for one in read(clip, [*chosen, ""])]
@@ -99,7 +99,7 @@ class SPLAMDistilReport(io.ComfyNode):
                 ends = teacher_ends(first, told, nothing, guidance, latents.to(first.device), seed=0)
                 bar.update(1)
             columns = [(f"teacher, {teacher_steps} steps", to_images(first, vae, latents))]
-            second = HostUNet(student, checkpointing=False)
+            second = HostUNet(student, checkpointing=False, node=NAME)
             denoiser, drawn = Denoiser(second.schedule, second.prediction_type, "noise-level"), []
             with _ready(second, shape):
                 error = endpoint_error(second, denoiser, told, ends)

@@ -34,10 +34,11 @@ Told = Mapping[str, Cond]
 class HostUNet:
     """A MODEL's UNet, with the patches and LoRAs that are on the MODEL.
 
-    Raises ValueError for a MODEL that is not one of discrete noise- or v-prediction, or that takes more than latents.
+    Raises ValueError, in the name of `node`, for a MODEL that takes more than latents, and for one that is not of
+    discrete noise- or v-prediction.
     """
 
-    def __init__(self, model: Model, checkpointing: bool):
+    def __init__(self, model: Model, checkpointing: bool, node: str = NAME):
         sampling = model.get_model_object("model_sampling")
         self.schedule, self.prediction_type = schedule_of(sampling), prediction_type_of(sampling)
         self.patcher, self.checkpointing = model.clone(), checkpointing
@@ -46,7 +47,7 @@ class HostUNet:
         wanted = getattr(self.base.model_config, "unet_config", {}).get("in_channels", self.channels)
         if wanted != self.channels:
             raise ValueError(
-                f"{NAME}: this MODEL takes {wanted} channels, latents have {self.channels}: it is made for inpainting "
+                f"{node}: this MODEL takes {wanted} channels, latents have {self.channels}: it is made for inpainting "
                 "or for pictures as input. Connect a text-to-image checkpoint."
             )
         self.device = self.patcher.load_device

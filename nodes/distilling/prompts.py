@@ -11,7 +11,7 @@ from .host import NAME
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "prompts.txt"
 
 
-def read_prompts(text: str) -> list[str]:
+def read_prompts(text: str, node: str = NAME) -> list[str]:
     """One a line; a text that is one name ending in .txt is a file of input/. Raises ValueError for a file without."""
     found = _lines(text)
     if not found:
@@ -21,13 +21,13 @@ def read_prompts(text: str) -> list[str]:
     home = Path(folder_paths.get_input_directory()).resolve()
     path = (home / found[0]).resolve()
     if not path.is_relative_to(home) or not path.is_file():
-        raise ValueError(f"{NAME}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
+        raise ValueError(f"{node}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
     try:
         prompts = _lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{NAME}: {found[0]} is not text in UTF-8 ({error}). Save it as UTF-8.") from error
+        raise ValueError(f"{node}: {found[0]} is not text in UTF-8 ({error}). Save it as UTF-8.") from error
     if not prompts:
-        raise ValueError(f"{NAME}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")
+        raise ValueError(f"{node}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")
     return prompts
 
 

@@ -444,3 +444,6 @@ def test_the_report(server):
         "saved": {"class_type": "SaveImage", "inputs": {"images": ["report", 0], "filename_prefix": "report"}},
     }
     assert server.files(server.run(graph))[0].startswith(b"\x89PNG")
+    inputs["prompts"] = "not there.txt"
+    with pytest.raises(ServerError, match="SPLAM Distil Report: there is no file"):
+        server.run(graph)
