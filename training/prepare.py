@@ -78,6 +78,7 @@ class Preparation:
         self.cut = 0  # captions of kept samples that were longer than the text encoder reads
         self.skipped: list[Skip] = []
         self.filtered: dict[str, int] = {}
+        self.lost: list[ConnectionError] = []  # of parts that could not be read to their end
         self._claim(cache_settings(pipeline, options, self.source))
 
     def _claim(self, settings: dict) -> None:
@@ -98,13 +99,20 @@ class Preparation:
             for left in self.folder.glob(f"{part:06d}*.partial"):  # a part has one maker, which was killed
                 left.unlink(missing_ok=True)
             count = 0
-            for records in grouped(self._records(part), self.shard_size):
-                shard = f"{part:06d}-{count:05d}"
-                count += 1
-                if read_index(self.folder, shard) is None:
-                    self._make(shard, records)
-                self._count(read_index(self.folder, shard))
-                yield shard
+            try:
+                for records in grouped(self._records(part), self.shard_size):
+                    shard = f"{part:06d}-{count:05d}"
+                    count += 1
+                    if read_index(self.folder, shard) is None:
+                        self._make(shard, records)
+                    self._count(read_index(self.folder, shard))
+                    yield shard
+            except ConnectionError as error:  # what is whole of it stays, and the next run goes on with it
+                if not self.seen:  # of a server that is not there, no part can be had
+                    raise
+                logging.warning("%s", error)
+                self.lost.append(error)
+                continue
             write_whole(done, json.dumps(count).encode())
         check_skipped(self.skipped, self.seen, self.options, self.spec)
 
@@ -221,6 +229,11 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     print(f"{work.kept} samples ({work.made} made now), {len(work.skipped)} skipped{filtered} -> {given.output_dir}")
     for skip in work.skipped:
         print(f"  skipped {skip.name}: {skip.reason}")
+    if work.lost:
+        raise ConnectionError(
+            f"{len(work.lost)} of {work.parts} parts could not be read to their end; the first: {work.lost[0]}. Run "
+            f"the same command again: it goes on with them"
+        )
     if left := work.missing():
         print(f"{left} of {work.parts} parts are left to the other processes")
     else:

@@ -18,15 +18,17 @@ from PIL import Image
 
 from splam_core import decisions
 from splam_core.order import Order
-from training.data import DataOptions, default_spec, open_data, samples
+from training.data import DataOptions, at_resolution, default_spec, open_data, samples
 from training.data.base import sift
 from training.data.images import aspect_buckets, crop, load_picture, nearest_bucket, picture_size
 from training.data.latents import Encoder, teacher_latents
 from training.data.prompts import compose
 from training.data.samples import PROMPTS
-from training.data.sources import Record, Skip, open_source
+from training.data.sources import Record, Skip, Stream, open_source
+from training.data.streams import StreamData
 from training.data.tars import members
 from training.models.load import load_pipeline
+from training.prepare import Preparation
 
 pytestmark = pytest.mark.train
 CAPTIONS = [f"a picture of number {number}" for number in range(12)]
@@ -101,7 +103,7 @@ class Served:
 
     def __init__(self, folder, cuts=0):
         outer = self
-        self.folder, self.cuts, self.ranges = folder, cuts, []
+        self.folder, self.cuts, self.ranges, self.busy = folder, cuts, [], 0
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_):
@@ -113,7 +115,11 @@ class Served:
                     return self.send_error(404)
                 wanted = self.headers.get("Range")
                 outer.ranges.append(wanted)
-                content = file.read_bytes()[int(wanted[6:-1]) if wanted else 0 :]
+                if outer.busy:
+                    outer.busy -= 1
+                    return self.send_error(429)
+                first, _, last = (wanted or "bytes=0-")[6:].partition("-")
+                content = file.read_bytes()[int(first) : int(last) + 1 if last else None]
                 self.send_response(206 if wanted else 200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -449,6 +455,64 @@ def test_a_cut_url_is_read_on_from_where_it_broke(tmp_path):
         assert server.ranges[0] is None and all(wanted.startswith("bytes=") for wanted in server.ranges[1:3])
         gone = list(open_source(server.address + "/part-009.tar").read(0))
     assert len(gone) == 1 and isinstance(gone[0], Skip) and "404" in gone[0].reason
+
+
+def test_a_part_whose_connection_is_lost_is_left_for_the_next_run(pipeline, tmp_path, monkeypatch):
+    """It is not broken, and a set that lacks the rest of it is not finished."""
+    monkeypatch.setattr("training.data.tars.PAUSE", 0.0)
+    options = at_resolution(DataOptions(num_held_out=0), pipeline)
+    with Served(make_tars(tmp_path / "tars"), cuts=1) as server:
+        spec = server.address + "/part-{000..001}.tar"
+        work = Preparation(spec, pipeline, options, tmp_path / "set", 2)
+        shards = work.run()
+        next(shards)
+        server.busy = 6
+        list(shards)
+        assert work.missing() == 1 and len(work.lost) == 1 and "part-000.tar: broken after" in str(work.lost[0])
+        with pytest.raises(ValueError, match="is not finished: 1 of 2 parts are missing"):
+            open_data(str(tmp_path / "set"), pipeline, DataOptions(), 2, 0)
+        again = Preparation(spec, pipeline, options, tmp_path / "set", 2)
+        list(again.run())
+        assert again.missing() == 0 and again.kept == len(CAPTIONS) and not again.skipped
+        server.cuts = 1  # training itself goes on with the other parts
+        data = open_data(spec, pipeline, options, 2, 0)
+        server.busy = 6
+        data.batch(range(8))
+        assert ["part-000.tar: broken after" in skip.reason for skip in data.skipped] == [True]
+
+
+def test_a_server_that_is_not_there_is_said_at_once(pipeline, tmp_path, monkeypatch):
+    """Not after each of a thousand parts has been asked for in vain."""
+    monkeypatch.setattr("training.data.tars.PAUSE", 0.0)
+    with Served(tmp_path) as server:
+        spec = server.address + "/part-{000..009}.tar"
+    options = at_resolution(DataOptions(), pipeline)
+    with pytest.raises(ConnectionError, match=r"part-000\.tar: .*refused"):
+        open_data(spec, pipeline, options, 2, 0)
+    with pytest.raises(ConnectionError, match=r"part-000\.tar: .*refused"):
+        list(Preparation(spec, pipeline, options, tmp_path / "set", 2).run())
+
+
+def test_a_busy_server_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.tars.PAUSE", 0.0)
+    with Served(make_tars(tmp_path / "tars")) as server:
+        server.busy = 2
+        records = list(open_source(server.address + "/part-000.tar").read(0))
+        assert [record.caption for record in records] == CAPTIONS[:6] and len(server.ranges) == 3
+
+
+def test_a_stream_is_not_read_to_its_end_for_held_out_samples(pipeline, options):
+    read = []
+
+    def records(part):
+        for number in range(200):
+            read.append(number)
+            yield Record(str(number), f"picture {number}", lambda: np.zeros((128, 128, 3), np.uint8))
+
+    data = StreamData(Stream(1, records, "x"), "x", pipeline, at_resolution(options(num_held_out=2), pipeline), 2, 0)
+    read.clear()
+    data.held_out(5)
+    assert len(read) < 40
 
 
 def test_a_stream_skips_and_stops_too(pipeline, options, tmp_path):

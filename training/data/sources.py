@@ -62,7 +62,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Stream:
-    """Records that can only be read from the front, in `parts` that are independent of one another."""
+    """Records that can only be read from the front, in `parts` that are independent of one another.
+
+    `read` raises ConnectionError where the rest of a part cannot be had now, and may be at another time.
+    """
 
     parts: int
     read: Callable[[int], Iterator[Record | Skip]]
@@ -319,11 +322,16 @@ def _samples(
 
 
 def _until_broken(tar: str, files: Iterable) -> Iterator[tuple[str, Callable]]:
-    """The files, and in place of an error in the middle a last one, without a field, that says so."""
+    """The files, and in place of an error in the middle a last one, without a field, that says so.
+
+    Raises ConnectionError for a connection that is lost: the archive need not be broken.
+    """
     count = 0
     try:
         for count, file in enumerate(files, 1):  # noqa: B007
             yield file
+    except ConnectionError as error:
+        raise ConnectionError(f"{tar}: broken after {count} files: {error}") from error
     except BROKEN as error:
         skip = Skip(tar, f"broken after {count} files: {error}")
         yield "\0", lambda: skip

@@ -63,6 +63,7 @@ class StreamData(TrainingData):
 
     def _held_out(self, n: int) -> list[Sample]:
         square = (self.options.resolution,) * 2
+        n = min(n, self.options.num_held_out)  # for more, all of the stream would be read in vain
         records = list(itertools.islice((record for record, _, held in self._usable() if held), n))
         made = self.encoder(records, [square] * len(records))
         return [one for one in made if not isinstance(one, Skip)] or [self._good(0)]
@@ -71,7 +72,7 @@ class StreamData(TrainingData):
         """Records that pass, their size, and whether they are held out: the second of each twenty, up to enough."""
         passed, held, position = 0, 0, 0
         for part in range(self.source.parts):
-            for record in self.source.read(part):
+            for record in self._records_of(part):
                 position += 1
                 verdict = record if isinstance(record, Skip) else sift(record, self.options)
                 if position > self._seen:  # not in the second pass
@@ -92,6 +93,18 @@ class StreamData(TrainingData):
                 if passed == self.options.max_samples:
                     return
         self._check(final=True)
+
+    def _records_of(self, part: int) -> Iterator[Record | Skip]:
+        """A part's records, and a Skip in place of those that a lost connection has cut off.
+
+        Raises ConnectionError where nothing has come yet.
+        """
+        try:
+            yield from self.source.read(part)
+        except ConnectionError as error:
+            if not self._seen:
+                raise
+            yield Skip(f"part {part}", str(error))
 
     def _batches(self) -> Iterator[tuple[Size, list[Record]]]:
         waiting: dict[Size, list[Record]] = {}

@@ -8,6 +8,7 @@ import io
 import os
 import posixpath
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
@@ -18,6 +19,8 @@ from pathlib import Path
 from .files import hidden
 
 RETRIES = 5  # of a cut connection, each from the byte where it broke
+PAUSE = 1.0  # s before the second of them; each further one waits twice as long
+TEMPORARY = (408, 429)  # HTTP's errors below 500 that pass: too slow, too many requests
 LARGEST = 2**30  # bytes of a member of a stream, which is read whole: a few megabytes may unpack to any number
 KEPT = 64 * 2**20  # bytes of a stream's last files, which a link further on may stand for
 BROKEN = (tarfile.TarError, OSError, EOFError, http.client.HTTPException)  # what reading a damaged archive raises
@@ -45,7 +48,10 @@ def bare(name: str) -> str:
 
 
 def members(url: str) -> Iterator[tuple[str, Callable[[], io.IOBase]]]:
-    """Name and content of the files of an archive, read once from the front. Raises one of BROKEN for a damaged one."""
+    """Name and content of the files of an archive, read once from the front.
+
+    Raises one of BROKEN for a damaged one or one that is not there, ConnectionError for one that cannot be had now.
+    """
     with _Url(url) if is_url(url) else open(url, "rb") as raw:
         buffered = io.BufferedReader(raw, 2**20) if is_url(url) else raw
         with tarfile.open(fileobj=buffered, mode="r|*", tarinfo=_Strict) as archive:
@@ -171,14 +177,16 @@ class _Url(io.RawIOBase):
                     return len(content)
                 error: Exception = EOFError(f"cut at byte {self.position} of {self.size}")
             except urllib.error.HTTPError as answer:
-                if answer.code < 500:
+                if answer.code < 500 and answer.code not in TEMPORARY:
                     raise
                 error = answer
             except (OSError, http.client.HTTPException) as failure:
                 error = failure
             self._hang_up()
             if attempt == RETRIES:
-                raise OSError(f"{self.url}: {error}") from error
+                raise ConnectionError(f"{self.url}: {error}") from error
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
         return 0
 
     def close(self) -> None:
