@@ -11,7 +11,7 @@ import torch
 from PIL import Image, features
 
 from training.data import tars
-from training.data.images import EXTENSIONS, load_picture, picture_size
+from training.data.images import EXTENSIONS, crop, load_picture, picture_size
 from training.data.latents import Made, read_index, read_sample, write_shard
 from training.data.sources import Record, Skip, open_source
 from training.run.config import parse
@@ -69,6 +69,39 @@ def test_16_bits_that_stand_on_their_side_or_count_from_white_are_put_right(tmp_
         assert abs(np.asarray(load_picture(tmp_path / name)).astype(int) - np.asarray(upright)).max() <= 1, name
     Image.fromarray(((1 - GREY) * 65535).astype(np.uint16)).save(tmp_path / "b.tiff", tiffinfo={262: 0})
     assert abs(np.asarray(load_picture(tmp_path / "b.tiff")).astype(int) - LEVELS).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"II*\0", id="cut"),
+        pytest.param(b"no such header", id="no header"),
+    ],
+)
+def test_a_picture_whose_exif_is_damaged_is_taken_as_it_lies(tmp_path, exif):
+    """Such are common on the web; one of them would end the reading of all."""
+    Image.fromarray(LEVELS[:32]).save(tmp_path / "a.jpg", dpi=(72, 72), exif=b"Exif\0\0" + exif)
+    assert picture_size(tmp_path / "a.jpg") == (32, 64)
+    found = np.asarray(load_picture(tmp_path / "a.jpg")).astype(int)
+    assert found.shape == (32, 64, 3) and abs(found - LEVELS[:32]).max() < 16
+
+
+def test_a_strip_that_would_fill_the_memory_is_named():
+    """1 x 20,000 px, a page's spacer, would be scaled to 512 x 10,240,000 px before it is cut."""
+    with pytest.raises(ValueError, match=r"1 x 20000 px: .* it would have 512 x 10240000"):
+        crop(Image.new("RGB", (1, 20_000)), (512, 512), "center", "a")
+    assert crop(Image.new("RGB", (8, 800)), (512, 512), "center", "a").shape == (3, 512, 512)
+
+
+def test_half_a_character_in_a_caption_is_named(tmp_path):
+    """JSON that was cut within an emoji: no tokenizer takes it, and none of its neighbours' captions with it."""
+    picture(tmp_path / "a.png").with_suffix(".txt").unlink()
+    picture(tmp_path / "b.png").with_suffix(".txt").unlink()
+    rows = ['{"file_name": "a.png", "text": "a fox \\ud83e"}', '{"file_name": "b.png", "text": "a fox \\ud83e\\udd8a"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    found = captions(tmp_path)
+    assert "half of a character" in found["a.png"].reason and found["b.png"] == "a fox \U0001f98a"
 
 
 def test_floats_of_no_clear_range_are_named(tmp_path):

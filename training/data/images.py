@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..pictures import to_tensor
@@ -21,8 +22,23 @@ EXTENSIONS = (
 )
 MAX_ASPECT = 2.0
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # TIFF tags; a sample format of 2 is signed.
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 258, 262, 339
+# What Pillow raises for damaged files, or for their EXIF.
+_DAMAGED = (
+    *(ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(struct.error, Image.DecompressionBombError),
+)
+LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow opens at most; a strip of a few px scaled to cover would be more
 Picture = Path | io.IOBase | np.ndarray | Image.Image
 
 
@@ -32,10 +48,10 @@ def picture_size(picture: Picture) -> tuple[int, int]:
         return picture.shape[0], picture.shape[1]
     with _open(picture) as image:
         # Of a PNG without it in front, Pillow would read all to look for it at the end.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        orientation = _orientation(image) if image.format != "PNG" or "exif" in image.info else 1
         tags = getattr(image, "tag_v2", {})  # of a TIFF newer Pillows turn the size themselves
         stored = tags.get(_WIDTH, image.width), tags.get(_HEIGHT, image.height)
-        turned = exif.get(_ORIENTATION, 1) >= 5 and image.size == stored
+        turned = orientation >= 5 and image.size == stored
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -49,17 +65,27 @@ def load_picture(picture: Picture) -> Image.Image:
     with _open(picture) as image:
         try:
             image.load()
+            orientation = _orientation(image)
             if image.mode.startswith(("I", "F")):
-                turned = image.getexif().get(_ORIENTATION, 1)
                 image = _eight_bits(image)
-                image.getexif()[_ORIENTATION] = turned
-            image = ImageOps.exif_transpose(image)
+            # Not Pillow's exif_transpose, which writes the rest of the EXIF anew, and stops where that is damaged.
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"damaged picture: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, by EXIF; 1, as programs that show it have it, where that is damaged: the picture need not be."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGED:
+        return 1
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -126,10 +152,16 @@ def crop(image: Image.Image, size: tuple[int, int], how: str, name: str) -> Tens
     """[3, H, W] in [-1, 1]: the picture scaled to cover size = (H, W), and cut to it.
 
     how: "center", or "random", where the place is a function of `name`: cached latents hold one crop of a picture.
+    Raises ValueError for a picture so long and narrow that memory may not hold it at that scale.
     """
     height, width = size
     scale = max(height / image.height, width / image.width)
     scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if scaled[0] * scaled[1] > LARGEST:
+        raise ValueError(
+            f"{image.width} x {image.height} px: as wide as {width} and as high as {height} px it would have "
+            f"{scaled[0]} x {scaled[1]}"
+        )
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.LANCZOS)
     across, down = 0.5, 0.5

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from .tars import BROKEN, bare, expand, is_url, members, sections
 LONGEST = 2**16  # characters of a caption: what is longer is no caption, and a tokenizer's for minutes
 CAPTIONS = ("caption", "text", "txt", "prompt", "TEXT")
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
+_REMOTE = ("hf://", "https://", "http://")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,8 @@ def _record(name: str, caption: str | None, picture: Callable[[], Picture], colu
         return Skip(name, "no caption")
     if len(str(caption)) > LONGEST:
         return Skip(name, f"a caption of {len(str(caption))} characters, expected {LONGEST} or fewer")
+    if _SURROGATE.search(str(caption)):  # of JSON that was cut within an emoji
+        return Skip(name, "its caption holds half of a character (a lone surrogate), expected Unicode")
     return Record(name, " ".join(str(caption).split()), picture, columns)
 
 
