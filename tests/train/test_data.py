@@ -204,6 +204,27 @@ def test_a_stream_that_is_left_hangs_up(tmp_path, monkeypatch):
     assert len(answers) == 1 and answers[0].closed
 
 
+def test_a_streamed_dataset_of_picture_files_is_read(tmp_path, monkeypatch):
+    """A folder of pictures on the Hub: its stream has their addresses alone."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    folder = make_folder(tmp_path / "pictures")
+    with Served(folder) as server:
+        places = [f"{server.address}/00.png", f"{server.address}/99.png"]
+        places += [str(folder / "01.png"), f"file://{folder}/02.png"]
+        rows = [{"image": place, "text": f"picture {number}"} for number, place in enumerate(places)]
+        table = datasets.IterableDataset.from_generator(lambda: iter(rows), features=features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+        good, gone, *others = open_source("owner/name").read(0)
+        assert np.array_equal(np.asarray(load_picture(good.picture())), np.asarray(noise_picture(0)))
+        asked = len(server.ranges)
+        assert good.picture().read() and len(server.ranges) == asked  # fetched once
+        with pytest.raises(OSError):
+            gone.picture()
+    assert all(isinstance(one, Skip) and "is no file of the dataset" in one.reason for one in others)
+
+
 def test_a_dataset_streams_as_it_reads(tmp_path):
     from training.data.sources import dataset
 

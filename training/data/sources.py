@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import itertools
@@ -246,10 +247,16 @@ def dataset(
             content = content.get("bytes") or content.get("path")
         if not content:
             return Skip(name, f"no picture in the column {picture}")
-        if files is not None and not isinstance(content, bytes):  # a stranger's table names no file of this machine
+        # A stranger's table names no file of this machine.
+        if files is not None and not isinstance(content, bytes):
             content = (below / str(content)).resolve()
             if not content.is_relative_to(below) or not content.is_file():
                 return Skip(name, f"its picture {content.name!r} is no file below the table's folder")
+        if files is None and streaming and not isinstance(content, bytes):
+            if not str(content).rpartition("::")[2].startswith(_REMOTE):
+                return Skip(name, f"its picture {str(content)!r:.200} is no file of the dataset")
+            content = functools.cache(functools.partial(_fetched, str(content)))
+            return _record(name, _caption(told, caption_column), lambda: io.BytesIO(content()), told)
         opened = (lambda: io.BytesIO(content)) if isinstance(content, bytes) else (lambda: Path(content))
         return _record(name, _caption(told, caption_column), opened, told)
 
@@ -262,6 +269,19 @@ def dataset(
         return (record(number, row) for number, row in enumerate(rows))
 
     return Stream(max(1, table.num_shards), read, digest("dataset", spec, config, split, picture, caption_column))
+
+
+def _fetched(url: str) -> bytes:
+    """A file of a dataset that is a folder of pictures on the Hub, or in an archive there. Raises OSError."""
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(url, "rb") as file:
+            return file.read()
+    except OSError:
+        raise
+    except Exception as error:  # of the hub, the network, the archive: each library has its own
+        raise OSError(f"{url}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 class Lazily(Sequence):
