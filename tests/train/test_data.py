@@ -630,6 +630,17 @@ def test_other_weights_are_another_cache(tiny_pipeline, options, tmp_path):
     assert not torch.allclose(*made, atol=1e-3)
 
 
+def test_another_columns_scores_are_another_cache(pipeline, options, tmp_path):
+    """A limit on another column leaves other pictures."""
+    folder = make_folder(tmp_path / "pictures")
+    rows = [{"file_name": f"{n:02d}.png", "text": CAPTIONS[n], "aesthetic": n, "other": 11 - n} for n in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = of_captions(pipeline, CAPTIONS)
+    for column, kept in ((None, {8, 9, 10, 11}), ("other", {0, 1, 2, 3})):
+        data = open_data(str(folder), pipeline, options(min_aesthetic=8, aesthetic_column=column), 4, 0)
+        assert set(identify(drawn(data, 4), table)) == kept
+
+
 def test_what_does_not_fit_is_not_cached(pipeline, options, tmp_path, monkeypatch):
     monkeypatch.setattr(samples.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     data = open_data(str(make_folder(tmp_path / "pictures")), pipeline, options(), 4, 0)

@@ -175,6 +175,8 @@ def cache_settings(pipeline: Pipeline, options: DataOptions, source: Source) -> 
         **{name: getattr(options, name) for name in ("resolution", "crop", "flip", "buckets", "cache_dtype")},
         **{name: getattr(options, name) for name in ("min_size", "min_aesthetic", "max_watermark", "max_samples")},
     }
+    named = {name: getattr(options, name) for name in ("aesthetic_column", "watermark_column")}
+    settings |= {name: column for name, column in named.items() if column is not None}
     if is_drawn(source):
         settings |= {name: getattr(options, name) for name in ("prompt_steps", "prompt_guidance_scale")}
         settings["teacher"] = unet_hash(pipeline.unet)
