@@ -102,6 +102,12 @@ def test_shares_and_interruptions_leave_the_same_bytes(tiny_pipeline, prompts, k
     assert contents(folder) == contents(kept)
 
 
+def test_a_teacher_that_solved_in_fp16_is_the_same_teacher(tiny_pipeline, prompts, tmp_path):
+    """On GPUs that only emulate bf16 it does; its weights are hashed as they lie on the disk."""
+    folder = solve(tiny_pipeline, prompts, tmp_path / "set", "--teacher-dtype", "fp16", "--device", "cpu")
+    assert PathData(folder, load_pipeline(tiny_pipeline), DataOptions(), 2, 0).batch(range(2))[0].isfinite().all()
+
+
 def test_every_path_once_in_an_epoch_and_none_that_is_held_out(tiny_pipeline, kept):
     data = PathData(kept, load_pipeline(tiny_pipeline), DataOptions(), 2, 0)
     starts = torch.cat([data.batch(range(at, at + 2))[0][:, 0] for at in range(0, COUNT, 2)]).flatten(1)

@@ -17,7 +17,7 @@ from ..models.pipeline import Conditioning, Pipeline
 from .images import nearest_bucket, picture_size
 from .latents import Encoder, Sample, Size
 from .options import AESTHETIC, WATERMARK, DataOptions
-from .sources import Listing, Record, Skip, Source, digest
+from .sources import Listing, Record, Skip, Source
 
 log = logging.getLogger(__name__)
 FEW = 50  # records below which a share of skipped ones says nothing yet
@@ -179,23 +179,13 @@ def cache_settings(pipeline: Pipeline, options: DataOptions, source: Source) -> 
     settings |= {name: column for name, column in named.items() if column is not None}
     if is_drawn(source):
         settings |= {name: getattr(options, name) for name in ("prompt_steps", "prompt_guidance_scale")}
-        settings["teacher"] = unet_hash(pipeline.unet)
+        settings["teacher"] = pipeline.unet_fingerprint()
     return settings
 
 
 def is_drawn(source: Source) -> bool:
     """Whether its pictures are the teacher's own, of prompts."""
     return isinstance(source, Listing) and isinstance(source[0], Record) and source[0].picture is None
-
-
-def unet_hash(unet: torch.nn.Module) -> str:
-    """A quick hash of a network: names, shapes and the first values of each tensor, in bf16."""
-    return digest(
-        [
-            (name, list(weight.shape), weight.flatten()[:16].to(torch.bfloat16).float().tolist())
-            for name, weight in sorted(unet.state_dict().items())
-        ]
-    )
 
 
 def cache_folder() -> Path:

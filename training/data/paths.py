@@ -24,7 +24,7 @@ from ..files import write_whole
 from ..flags import flag
 from ..models.pipeline import DTYPES, Conditioning, Pipeline
 from ..models.sampling import teacher_function
-from .base import TrainingData, unet_hash
+from .base import TrainingData
 from .latents import GROUP, META, Made, Sample, read_index, read_sample, write_shard
 from .options import DataOptions
 from .samples import SHARDS, KnownData, claim, damaged, read_meta, shards_of
@@ -90,7 +90,7 @@ class PathPreparation:
             "spec": self.data.spec,
             "data_seed": self.data.seed,
             "fingerprint": self.pipeline.fingerprint(),
-            "teacher": unet_hash(self.pipeline.unet),
+            "teacher": self.pipeline.unet_fingerprint(),
             **{
                 name: getattr(self.data.options, name) for name in ("resolution", "flip", "caption_drop", "cache_dtype")
             },
@@ -184,7 +184,7 @@ class PathData(KnownData):
 
     def _read(self, pipeline: Pipeline) -> None:
         folder, meta = self.folder, self.meta
-        for what, wanted in (("fingerprint", pipeline.fingerprint()), ("teacher", unet_hash(pipeline.unet))):
+        for what, wanted in (("fingerprint", pipeline.fingerprint()), ("teacher", pipeline.unet_fingerprint())):
             if meta[what] != wanted:
                 part = "UNet" if what == "teacher" else "VAE or text encoder"
                 raise ValueError(

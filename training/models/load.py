@@ -45,6 +45,7 @@ def load_pipeline(
         pipeline = build_pipeline(with_loras(read_teacher(place, embedded), loras), dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
+        pipeline.unet_fingerprint()  # of what is on disk, before it is rounded
         pipeline.unet.to(unet_dtype)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         part = getattr(pipeline, name)

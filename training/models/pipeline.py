@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from splam_core import NoiseSchedule
+from splam_core.order import digest
 
 Conditioning = dict[str, Tensor]
 PIXELS = 512 * 512  # of the pictures that a VAE takes at once, or of one larger one: its own activations are large
@@ -41,6 +42,7 @@ class Pipeline:
     zeros_for_empty: bool = False  # what SDXL's guidance takes for no prompt
     source: str = ""  # what was asked for
     _fingerprint: str | None = field(default=None, repr=False)
+    _unet_fingerprint: str | None = field(default=None, repr=False)
 
     @property
     def prediction_type(self) -> str:
@@ -165,6 +167,15 @@ class Pipeline:
         if self._fingerprint is None:
             self._fingerprint = weights_hash(self.vae, self.text_encoder, self.text_encoder_2)
         return self._fingerprint
+
+    def unet_fingerprint(self) -> str:
+        """A quick hash of the UNet as it was loaded: names, shapes and the first values of each tensor, in bf16."""
+        if self._unet_fingerprint is None:
+            self._unet_fingerprint = digest([
+                (name, list(weight.shape), weight.flatten()[:16].to(torch.bfloat16).float().tolist())
+                for name, weight in sorted(self.unet.state_dict().items())
+            ])  # fmt: skip
+        return self._unet_fingerprint
 
 
 def weights_hash(*parts: torch.nn.Module | Mapping[str, Tensor] | None) -> str:
