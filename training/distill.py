@@ -198,6 +198,9 @@ def main() -> int:
     except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}. What was saved is kept: go on with --resume-from-checkpoint latest.", file=sys.stderr)
+        return 1
     except StoppedError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)

@@ -145,6 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: {error}. What is drawn is kept: make room, and run the same command again.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted. What is drawn is kept: run the same command again.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -281,6 +281,9 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error}. What is finished is kept: make room, and run the same command again.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted. What is finished is kept: run the same command again.", file=sys.stderr)
+        return 130
     return 0
 
 
