@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,14 @@ class Preparation:
         self.spec, self.options, self.folder, self.shard_size = spec, options, folder, shard_size
         self.source = source_of(spec, options)
         self.encoder: Encoder = encoder_of(pipeline, options)
+        self.numbers: Sequence[int] = ()  # of a listing's records, those that are taken
         if isinstance(self.source, Listing):
-            self.limit = min(len(self.source), options.max_samples or len(self.source))
-            self.parts = math.ceil(self.limit / shard_size)
+            self.numbers = range(len(self.source))
+            if options.max_samples and options.max_samples < len(self.numbers):
+                self.numbers = _chosen(self.source, options.max_samples)
+            self.parts = math.ceil(len(self.numbers) / shard_size)
         else:
             self.parts = self.source.parts
-            self.limit = math.ceil(options.max_samples / self.parts) if options.max_samples else None
         self.mine = range(rank, self.parts, world)
         self.made, self.kept, self.seen = 0, 0, 0  # samples made now, samples kept in all, records
         self.cut = 0  # captions of kept samples that were longer than the text encoder reads
@@ -84,6 +86,8 @@ class Preparation:
     def _claim(self, settings: dict) -> None:
         """Write what the folder is of, or see that it is that already. Raises ValueError for another set's folder."""
         meta = {"spec": self.spec, "parts": self.parts, "shard_size": self.shard_size, **settings}
+        if isinstance(self.numbers, list):
+            meta["chosen"] = "at random"  # in sets that were begun before it was said: the first
         if claim(self.folder, meta):
             write_whole(self.folder / NO_PROMPT, save(self.encoder.no_prompt()))
             write_whole(self.folder / META, json.dumps(meta, indent=2).encode())
@@ -119,12 +123,17 @@ class Preparation:
     def _records(self, part: int) -> Iterator[Record | Skip]:
         if isinstance(self.source, Listing):
             first = part * self.shard_size
-            yield from (self.source[i] for i in range(first, min(first + self.shard_size, self.limit)))
+            yield from (self.source[i] for i in self.numbers[first : first + self.shard_size])
             return
-        for number, record in enumerate(self.source.read(part)):
-            if number == self.limit:
+        most = self.options.max_samples
+        if most:  # evenly of all parts
+            most = most // self.parts + (part < most % self.parts)
+            if not most:
                 return
+        for number, record in enumerate(self.source.read(part), 1):
             yield record
+            if number == most:
+                return
 
     def _make(self, shard: str, records: list[Record | Skip]) -> None:
         skipped, filtered, chosen = [], {}, []
@@ -155,6 +164,13 @@ class Preparation:
     def missing(self) -> int:
         """Parts, of all processes, that are not finished."""
         return sum(not (self.folder / f"{part:06d}.{SHARDS}").is_file() for part in range(self.parts))
+
+
+def _chosen(source: Listing, count: int) -> Sequence[int]:
+    """The numbers of the records that --max-samples takes of a listing: those that training without this takes."""
+    if source.shuffled:
+        return range(count)
+    return sorted(torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataOptions]:

@@ -1,7 +1,9 @@
 """Prepared sets: the same samples as on the way, whoever made them and however often it was interrupted."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load
 
+from training import distill, evaluate
+from training import prepare as prepare_command
 from training.data import DataOptions, at_resolution, open_data
 from training.data.latents import Encoder
 from training.models.load import load_pipeline
@@ -225,3 +229,41 @@ def test_flags_are_checked_and_take_underscores(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse(["--teacher", "t", "--output-dir", "o", *wrong])
     assert "--shard must be i/n" in capsys.readouterr().err
+
+
+def test_max_samples_are_spread_over_the_data_and_no_more(pipeline, pictures, tmp_path):
+    """Of a folder sorted by subject the first would be of one; of many tars one each would be more."""
+    work = prepare(tmp_path / "set", pictures, pipeline, max_samples=5)
+    names = [row["name"] for index in map(json.loads, texts(tmp_path / "set")) for row in index["samples"]]
+    data = open_data(str(pictures), pipeline, DataOptions(max_samples=5, cache_latents=False), 2, 0)
+    wanted = sorted(data.source[number].name for number, _ in data._kept)
+    assert work.kept == 5 and sorted(names) == wanted != [f"{number:02d}.png" for number in range(5)]
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar.gz", "w:gz") as archive:
+            for file in sorted(pictures.iterdir())[8 * number : 8 * number + 8]:
+                archive.add(file, file.name)
+    stream = prepare(tmp_path / "streamed", tmp_path / "{0..2}.tar.gz", pipeline, max_samples=2)
+    assert stream.kept == 2 and stream.missing() == 0
+
+
+def texts(folder):
+    return [file.read_text() for file in sorted(folder.glob("*-*.json"))]
+
+
+def test_what_ends_a_command_is_said_in_a_sentence(monkeypatch, tmp_path, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+    for command, name, arguments in (
+        (distill, "distill", ["--teacher", "embedded", "--output-dir", str(tmp_path)]),
+        (evaluate, "evaluate", ["--model", "embedded-student"]),
+        (prepare_command, "prepare", ["--teacher", "embedded", "--output-dir", str(tmp_path)]),
+    ):
+        for error, status, said in ((full, 1, "error: .*No space left"), (KeyboardInterrupt(), 130, "interrupted")):
+
+            def ended(*_, error=error):
+                raise error
+
+            monkeypatch.setattr(command, name, ended)
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+            assert command.main() == status
+            told = capsys.readouterr().err
+            assert re.search(said, told) and ("kept" in told or name == "distill")
