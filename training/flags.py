@@ -8,6 +8,7 @@ const (what the bare flag means); repeated (may be given several times, of which
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields
@@ -108,8 +109,13 @@ def _path_or(kind: type) -> Callable[[str], Any]:
     return _path if kind is Path else kind
 
 
+def with_home(text: str) -> str:
+    """What may be a path: a shell leaves the ~ of --flag=~/x as it is, and a TOML file has no shell."""
+    return os.path.expanduser(str(text))
+
+
 def _path(text: str) -> Path:
-    return Path(text).expanduser()  # a shell leaves the ~ of --flag=~/x as it is
+    return Path(with_home(text))
 
 
 def _plain(hint: Any) -> tuple[type, bool]:

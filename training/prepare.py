@@ -45,7 +45,7 @@ from .data.samples import SHARDS, claim, shards_of
 from .data.sources import Listing, Record, Skip
 from .data.streams import StreamData
 from .files import write_whole
-from .flags import add_flags
+from .flags import add_flags, with_home
 from .models.load import load_pipeline
 from .models.pipeline import DTYPES, Pipeline
 from .models.teachers import TEACHERS, resolve
@@ -181,7 +181,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataO
         parser.add_argument(*sorted({f"--{name}", f"--{name.replace('-', '_')}"}), **options)
 
     add("teacher", required=True, help="as distill.py's: whose VAE and text encoder (for prompts, whose pictures)")
-    add("data", help="a folder, tars, a dataset, a list of prompts: docs/data.md; none: what suits the teacher")
+    add(
+        "data",
+        type=with_home,
+        help="a folder, tars, a dataset, a list of prompts: docs/data.md; none: what suits the teacher",
+    )
     add("output-dir", type=Path, required=True, help="the prepared set; give it to distill.py as --data")
     add("shard", help="i/n: do the i-th of n equal shares, counted from 0 (default: RANK and WORLD_SIZE, or all)")
     add("shard-size", type=int, default=256, help="records of a shard (default: 256)")

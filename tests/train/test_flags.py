@@ -1,5 +1,7 @@
 """Settings from the command line and from TOML: one dataclass, one set of names."""
 
+from pathlib import Path
+
 import pytest
 
 from training.run.config import PRESETS, parse
@@ -46,6 +48,10 @@ def test_paths_that_begin_with_a_tilde_are_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert parse(["--teacher", "embedded", "--output-dir=~/run"]).output_dir == tmp_path / "run"
+    (tmp_path / "run.toml").write_text('data = "~/photos"\nresume-from-checkpoint = "~/run/checkpoint-1"\n')
+    found = parse(["--teacher", "embedded", "--config", str(tmp_path / "run.toml")])
+    found = [Path(one) for one in (found.data, found.resume_from_checkpoint)]
+    assert found == [tmp_path / "photos", tmp_path / "run" / "checkpoint-1"]
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -17,7 +17,7 @@ from splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
 
 from ..data import DataOptions
 from ..data.paths import read_path_meta
-from ..flags import add_flags, flag, given_flags, read_toml
+from ..flags import add_flags, flag, given_flags, read_toml, with_home
 from ..models.lora import file_and_weight
 from ..models.teachers import TEACHERS, list_teachers
 from .optimizers import OPTIMIZERS
@@ -78,7 +78,7 @@ class Config(Recipe, Paths, Finish):
         }
     )
     output_dir: Path = flag(_OUTPUT, "checkpoints, log, sheets and the finished student go here")
-    data: str | None = flag(None, "what to train on: see docs/data.md; none: what suits the teacher")
+    data: str | None = flag(None, "what to train on: see docs/data.md; none: what suits the teacher", parse=with_home)
     data_options: DataOptions = field(default_factory=DataOptions)
     revision: str | None = flag(None, "branch, tag or commit of a teacher on the Hub", also=("--teacher-revision",))
     download_teacher: bool = flag(False, "fetch the teacher if it is not on this machine")
@@ -125,7 +125,7 @@ class Config(Recipe, Paths, Finish):
     compile: bool = flag(False, "torch.compile the UNets: a minute at the start, faster steps after it")
     checkpointing_steps: int = flag(150, "steps between two checkpoints")
     checkpoints_total_limit: int = flag(2, "checkpoints kept, besides the best")
-    resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint folder")
+    resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint folder", parse=with_home)
     sample_every: int = flag(
         150, "steps between two sheets (teacher 50 steps; student 1, 2, 4, 8) and validations; 0 for no sheets"
     )
