@@ -57,3 +57,11 @@ def test_paths_that_begin_with_a_tilde_are_the_users(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_whole(name):
     assert parse(["--config", name]).teacher
+
+
+def test_gradients_are_not_clipped_to_nothing(capsys):
+    """In other trainers 0 is no clipping."""
+    with pytest.raises(SystemExit):
+        parse(["--teacher", "embedded", "--max-grad-norm", "0"])
+    assert "--max-grad-norm must be above 0, got 0" in capsys.readouterr().err
+    assert parse(["--teacher", "embedded", "--max-grad-norm", "inf"]).max_grad_norm == float("inf")

@@ -146,6 +146,11 @@ class Config(Recipe, Paths, Finish):
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"--max-grad-norm must be above 0, got {self.max_grad_norm:g}: clipped to 0, gradients move nothing. "
+                f"inf clips none"
+            )
         if self.max_train_steps < (self.finish == "none"):
             raise ValueError(
                 f"--max-train-steps must be 1 or more, or with --finish 0 or more, got {self.max_train_steps}"
