@@ -65,6 +65,14 @@ def test_each_role_is_itself(tiny_pipeline):
     assert found.keys() == begun.keys() and all(torch.equal(found[key], begun[key].to(found[key])) for key in begun)
 
 
+def test_names_of_layers_may_have_spaces_and_must_be_there(tiny_pipeline):
+    """peft passes over what it does not find."""
+    layers = [networks_of(tiny_pipeline, "--lora-target-modules", names)[1].layers for names in ("to_q, to_k", "to_q")]
+    assert len(layers[0]) == 2 * len(layers[1])
+    with pytest.raises(ValueError, match="this UNet has no layer 'to_qq'; expected names such as to_q"):
+        networks_of(tiny_pipeline, "--lora-target-modules", "to_k,to_qq")
+
+
 @torch.no_grad()
 def test_the_pipelines_pictures_are_the_teachers(tiny_pipeline):
     prompts, seeds = ["a small red ring"], [1]

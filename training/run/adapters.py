@@ -69,7 +69,7 @@ class LoraNetworks(Networks):
             unet = with_projection(unet, copied=False)
         names = dict(unet.state_dict())  # before the adapters
         roles = ["student", "target", *(FINISHING[: 1 + (config.finish_anchor > 0)] if config.finish != "none" else ())]
-        targets = config.lora_target_modules.split(",") if config.lora_target_modules else LORA_TARGETS
+        targets = _targets(config.lora_target_modules, unet) if config.lora_target_modules else LORA_TARGETS
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft's, that there are two adapters
             for role in roles:
@@ -176,3 +176,16 @@ class LoraNetworks(Networks):
         """
         base = {name: weight.float().cpu() for name, weight in self.base().items()}
         return merged(base, self.lora(role), self.alpha / self.rank)
+
+
+def _targets(names: str, unet: nn.Module) -> list[str]:
+    """The layers of --lora-target-modules. Raises ValueError for one that the UNet has not, which peft passes over."""
+    targets = [name.strip() for name in names.split(",")]
+    layers = [name for name, _ in unet.named_modules()]
+    unknown = [one for one in targets if not one or not any(f".{name}".endswith(f".{one}") for name in layers)]
+    if unknown:
+        raise ValueError(
+            f"--lora-target-modules: this UNet has no layer {', '.join(map(repr, unknown))}; expected names such as "
+            f"{', '.join(LORA_TARGETS[:4])}, separated by commas"
+        )
+    return targets
