@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from splam_core.descent import EXPLOSION, WINDOW, LossWatch
@@ -27,7 +29,8 @@ from training.run.checkpoints import (
     verify,
     write_checkpoint,
 )
-from training.run.identity import only_writer, weights_digest
+from training.run.config import complete
+from training.run.identity import Origin, changes_since, only_writer, weights_digest
 from training.run.report import keep_log
 from training.run.sharding import OptimizerState
 from training.run.stopping import StopRequest
@@ -250,6 +253,42 @@ def test_what_may_change_is_taken_and_said(small, tiny_pipeline, begun, tmp_path
         assert f"changed since: {text}" in said
     (group,) = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
     assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.999))
+
+
+def test_another_batch_begins_with_one_of_one_size(small, tiny_pipeline, tmp_path):
+    """Three samples were seen, and in batches of two the third and the fourth may be of two aspects."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(12):
+        size = (128, 128) if number % 2 else (160, 96)
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture {number}")
+    data = ("--data", folder, "--buckets", "--num-held-out", 0)
+    small(tiny_pipeline, tmp_path / "run", 1, *data, "--train-batch-size", 3)
+    resume = ("--train-batch-size", 2, "--resume-from-checkpoint", "latest")
+    small(tiny_pipeline, tmp_path / "run", 8, *data, *resume)
+    assert json.loads((tmp_path / "run" / "checkpoint-8" / "state.json").read_text())["samples"] == 4 + 7 * 2
+
+
+@pytest.mark.parametrize("resume", ["latest", "checkpoint-2"])
+def test_what_a_smaller_batch_has_yet_to_see_is_drawn_before_it_goes_on(small, tiny_pipeline, tmp_path, resume):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a small red ring number {number}\n" for number in range(60)))
+    data = ("--data", prompts, "--prompt-steps", 1, "--num-held-out", 0)
+    small(tiny_pipeline, tmp_path / "run", 2, *data, "--train-batch-size", 12)
+    resume = tmp_path / "run" / resume if resume != "latest" else resume
+    small(tiny_pipeline, tmp_path / "run", 4, *data, "--train-batch-size", 4, "--resume-from-checkpoint", resume)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_lora_in_another_precision_is_told_which(tmp_path):
+    config = complete({"teacher": "embedded", "lora": True, "mixed_precision": "fp16", "teacher_dtype": "fp16"})
+    facts = {"config": config.settings() | {"mixed_precision": "bf16", "teacher_dtype": "bf16"}, "step": 1}
+    facts |= {"teacher_hash": "0123456789abcdef in bfloat16", "teacher_loras": None, "student_hash": None}
+    origin = Origin("fedcba9876543210 in float16", None, None)
+    with pytest.raises(ValueError, match=r"in bfloat16, .* in float16: give --mixed-precision bf16 and --teacher"):
+        changes_since(config, origin, facts)
 
 
 def test_a_used_folder_is_left_as_it_is(small, tiny_pipeline, begun, tmp_path):

@@ -36,7 +36,7 @@ from .networks import RoleState, base_dtype
 from .optimizers import build_optimizer
 from .processes import from_main
 from .sharding import sharding_mesh
-from .sources import load_student, run_data, teacher_loras_digest
+from .sources import load_student, next_batch, run_data, teacher_loras_digest
 from .validation import Score, Validation
 from .whole import FullNetworks
 
@@ -211,7 +211,8 @@ class Distillation:
             if facts.get("finishing", False):
                 self.begin_finish()
             load_objects(self.objects, states, optional=("scaler",))
-            self.step, self.samples = facts["step"], facts["samples"]
+            self.step = facts["step"]
+            self.samples = next_batch(facts["samples"], config.train_batch_size * self.accelerator.num_processes)
             self.skipped, self.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
             self.best = facts["best"] if (config.output_dir / "best").is_dir() else None
         except (RuntimeError, LookupError, TypeError, ValueError) as error:

@@ -91,6 +91,12 @@ def changes_since(config: Config, origin: Origin, facts: Mapping[str, Any]) -> l
             f"{' '.join(config.teacher_lora) or 'none'}: its own were "
             f"{' '.join(facts['config'].get('teacher_lora', [])) or 'none'}"
         )
+    begun, now = (one.rpartition(" ")[2] for one in (facts["teacher_hash"], origin.teacher_hash))
+    if begun != now:  # of a LoRA, which is one on the UNet as it is computed with
+        raise ValueError(
+            f"its LoRA was begun on a UNet in {begun}, and this one is in {now}: give --mixed-precision "
+            f"{facts['config']['mixed_precision']} and --teacher-dtype {facts['config']['teacher_dtype']}, as then"
+        )
     if facts["teacher_hash"] != origin.teacher_hash:
         raise ValueError(
             f"its teacher has other weights (SHA-256 {facts['teacher_hash']}) than --teacher {config.teacher} "

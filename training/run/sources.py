@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import warnings
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from splam_core import read_json
 
 from ..data import TrainingData
 from ..data.base import Share
@@ -17,7 +22,7 @@ from ..models.load import load_pipeline
 from ..models.lora import file_and_weight, is_lora, lora_file, merged, read_lora
 from ..models.pipeline import DTYPES, Pipeline
 from ..models.teachers import resolve
-from .checkpoints import file_digest
+from .checkpoints import checkpoints, file_digest
 from .config import Config
 from .networks import base_dtype
 
@@ -51,11 +56,30 @@ def run_data(config: Config, pipeline: Pipeline, accelerator: Accelerator) -> Tr
         config.data_options,
         whole,
         config.seed + 1,
-        whole * config.gradient_accumulation_steps * config.total_steps,
+        _samples(config, whole),
         config.validation_samples,
         Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
         DTYPES[config.teacher_dtype],
     )
+
+
+def next_batch(samples: int, whole: int) -> int:
+    """The first sample, from this one on, with which a batch of all processes begins: such a batch is of one size."""
+    return -(-samples // whole) * whole
+
+
+def _samples(config: Config, whole: int) -> int:
+    """How many samples the run will have seen at its end. A resumed one may have begun with other batches.
+
+    A checkpoint that is damaged says nothing here, and is dealt with where it is taken up.
+    """
+    each, wanted = whole * config.gradient_accumulation_steps, config.resume_from_checkpoint
+    ends = [each * config.total_steps]
+    for folder in checkpoints(config.output_dir) if wanted == "latest" else [Path(wanted)] if wanted else []:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            facts = read_json(folder / "state.json")
+            ends.append(next_batch(facts["samples"], whole) + each * (config.total_steps - facts["step"]))
+    return max(ends)
 
 
 def teacher_loras_digest(config: Config) -> str | None:
