@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from splam_core import draw_places
@@ -207,6 +208,15 @@ def test_a_whole_student_begins_as_the_one_it_is_given(small, tiny_pipeline, tmp
         start = weights(out / "checkpoint-1", "start")
         assert all(torch.equal(start[key], weight) for key, weight in expected.items())
         assert "distilled from `pipeline` with distribution matching (" in (out / "README.md").read_text()
+
+
+def test_a_student_that_embeds_what_nothing_names_is_warned_of(tiny_pipeline, tmp_path):
+    """An LCM's guidance lies where SPLAM's gamma does, and was folded as that in silence."""
+    folder = tmp_path / "lcm"
+    config = UNet2DConditionModel.load_config(tiny_pipeline, subfolder="unet")
+    UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 256}).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="cond_proj is read as SPLAM's, .* training/export.py --embedded-guidance 8.5"):
+        load_student(parse(["--teacher", str(tiny_pipeline), "--student", str(folder)]), load_pipeline(tiny_pipeline))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,14 @@ def load_student(config: Config, pipeline: Pipeline) -> dict[str, Tensor] | None
             f"--student {config.student} is a whole model, and a --lora goes on from a LoRA: leave --lora away, or "
             f"make one of it with training/export.py --to lora --base {config.teacher}."
         )
-    model = read_model(place).folded("splam", str(place))
+    found = read_model(place)
+    model = found.folded("splam", str(place))
+    if len(model.unet) < len(found.unet):
+        warnings.warn(
+            f"--student {config.student}: its cond_proj is read as SPLAM's, at gamma = 1. If it is an LCM's, which "
+            f"embeds its guidance there, fold that first: training/export.py --embedded-guidance 8.5",
+            stacklevel=2,
+        )
     own = pipeline.unet.state_dict()
     different = [key for key in own.keys() | model.unet.keys() if _shape(own, key) != _shape(model.unet, key)]
     if different:
