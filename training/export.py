@@ -26,9 +26,9 @@ from splam_core import load_file, read_json, read_metadata, reading
 
 from .files import WRITE_ERRORS, why_not_written
 from .models.files import ModelFiles, read_model, write_folder, write_single_file
-from .models.lora import extract_lora, is_lora, joined, merged, read_lora, save_lora, with_loras
+from .models.lora import extract_lora, is_lora, joined, merged, named_with_weight, read_lora, save_lora, with_loras
 from .models.pipeline import DTYPES
-from .models.teachers import resolve
+from .models.teachers import resolve, without_folders
 from .run.checkpoints import verify
 
 FORMS = ("diffusers", "single-file", "lora")
@@ -63,11 +63,12 @@ def _read_checkpoint(folder: Path, base: str | None, role: str) -> tuple[ModelFi
     """A checkpoint-N or `best` folder: the role's weights on the teacher that state.json names."""
     verify(folder)
     config = read_json(folder / "state.json")["config"]
-    file = next((f for f in (folder / f"{role}.safetensors", folder / "student.safetensors") if f.is_file()), None)
-    if file is None:
-        raise ValueError(f"{folder}: expected {role}.safetensors, found {sorted(f.name for f in folder.iterdir())}")
+    # `best` has one role's, under the student's name.
+    file = folder / f"{role if (folder / 'target.safetensors').is_file() else 'student'}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder}: expected {file.name}, found {sorted(f.name for f in folder.iterdir())}")
     weights = {key: weight for key, weight in load_file(file).items() if "cond_proj" not in key}  # zero at gamma = 1
-    plain = read_model(resolve(base or config["teacher"])).few_step()
+    plain = read_model(resolve(base) if base else resolve(config["teacher"], config.get("revision"))).few_step()
     loras = config.get("teacher_lora", [])
     model = with_loras(plain, loras)
     if not config["lora"]:
@@ -141,7 +142,12 @@ def _kept_metadata(source: str) -> dict[str, str]:
     )
     if (place / "state.json").is_file():
         config = json.loads((place / "state.json").read_text(encoding="utf-8"))["config"]
-        return {key: str(config[key[6:]]) for key in kept if key[6:] in config}
+        loras = config.get("teacher_lora") or []
+        config["teacher"] = without_folders(config["teacher"])
+        config["teacher_lora"] = ", ".join(map(named_with_weight, loras))
+        if not (loras and config.get("lora")):
+            config.pop("lora_holds", None)
+        return {key: str(config[key[6:]]) for key in kept if config.get(key[6:])}
     if place.suffix == ".safetensors" and place.is_file():
         return {key: value for key, value in read_metadata(place).items() if key in kept}
     return {}

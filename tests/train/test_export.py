@@ -158,6 +158,66 @@ def test_a_checkpoint_is_exported_as_the_run_itself_does(small, tiny_pipeline, t
         assert same(load_file(lora), load_file(tmp_path / "run" / "student.splam-lora.safetensors"))
 
 
+def test_an_exported_checkpoint_says_what_the_run_itself_does(small, tiny_pipeline, tmp_path):
+    """Without the folders in which its files lay."""
+    style = converted(tiny_pipeline, "lora", tmp_path / "style.safetensors", "--base", tilted(tiny_pipeline, tmp_path))
+    run = tmp_path / "run"
+    small(tiny_pipeline, run, 1, "--lora", "--lora-rank", 2, "--teacher-lora", f"{style}:0.5")
+    small(tiny_pipeline, tmp_path / "plain", 1)
+    made = (
+        (run, "lora", run / "student.splam-lora.safetensors"),
+        (tmp_path / "plain", "single-file", tmp_path / "plain" / "student.splam.safetensors"),
+    )
+    for number, (folder, form, own) in enumerate(made):
+        file = converted(folder / "checkpoint-1", form, tmp_path / f"{number}.safetensors")
+        theirs, ours = ({k: v for k, v in read_metadata(one).items() if "splam." in k} for one in (own, file))
+        theirs.pop("splam.teacher_hash")  # which is not in a checkpoint's settings
+        assert ours == theirs
+
+
+def tilted(teacher, folder):
+    """The teacher with one weight moved."""
+    shutil.copytree(teacher, folder / "tilted")
+    file = folder / "tilted" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["mid_block.resnets.0.conv1.weight"] += 0.01
+    save_file(weights, file)
+    return folder / "tilted"
+
+
+def test_a_checkpoints_teacher_is_of_its_own_revision(small, tiny_pipeline, tmp_path, monkeypatch):
+    small(tiny_pipeline, tmp_path / "run", 1, "--revision", "fp16")
+    asked = []
+
+    def resolved(name, revision=None, download=False):
+        asked.append((name, revision))
+        return tiny_pipeline
+
+    monkeypatch.setattr("training.export.resolve", resolved)
+    for more in ((), ("--base", "another")):
+        converted(tmp_path / "run" / "checkpoint-1", "single-file", tmp_path / "a.safetensors", *more)
+    assert asked == [(str(tiny_pipeline), "fp16"), ("another", None)]
+
+
+def test_a_role_that_a_checkpoint_lacks_is_named(small, tiny_pipeline, tmp_path):
+    """It was the student that came in place of a release average."""
+    small(tiny_pipeline, tmp_path / "run", 1, "--release-decay", 0, "--validation-samples", 2)
+    with pytest.raises(ValueError, match=r"expected release\.safetensors, found .*student"):
+        converted(tmp_path / "run" / "checkpoint-1", "single-file", tmp_path / "a.safetensors", "--role", "release")
+    assert converted(tmp_path / "run" / "best", "single-file", tmp_path / "a.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("mark", "side"), [("v_pred", 768), (None, 512)])
+def test_a_single_file_of_stable_diffusion_2_says_its_size_by_what_it_predicts(tiny_pipeline, tmp_path, mark, side):
+    from dataclasses import replace
+
+    file = tmp_path / "sd2.safetensors"
+    write_single_file(replace(read_model(tiny_pipeline), family="sd2"), file, "sd2")
+    save_file(load_file(file) | ({mark: torch.zeros(0)} if mark else {}), file)
+    model = read_model(file)
+    assert (model.family, model.resolution) == ("sd2", side)
+
+
 def test_parts_can_be_left_out(tiny_pipeline, tmp_path):
     file = converted(
         tiny_pipeline, "single-file", tmp_path / "unet.safetensors", "--without-vae", "--without-text-encoder",

@@ -187,9 +187,13 @@ def _read_single_file(file: Path) -> ModelFiles:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     architecture = ARCHITECTURES[family]
+    scheduler = _scheduler(file, weights, metadata, known.get("scheduler", {}), family)
+    inputs = _inputs(unet)
+    if family == "sd2" and scheduler["prediction_type"] == "v_prediction":  # Stable Diffusion 2's v models: 768 px
+        inputs["sample_size"] = 96
     configs = {
-        "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet | _inputs(unet)),
-        "scheduler": _scheduler(file, weights, metadata, known.get("scheduler", {}), family),
+        "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet | inputs),
+        "scheduler": scheduler,
     }
     if vae:
         configs["vae"] = known.get("vae") or _full(AutoencoderKL, architecture.vae)

@@ -113,6 +113,12 @@ def resolve(name: str, revision: str | None = None, download: bool = False) -> P
     raise FileNotFoundError(_missing(name, preset, homes, wanted))
 
 
+def without_folders(name: str) -> str:
+    """What cards and metadata say of a model: where a file or a folder lies is nobody's business."""
+    place = Path(name).expanduser()
+    return place.name if place.exists() or place.is_absolute() else name
+
+
 def list_teachers() -> str:
     """The presets as a printed table."""
     head = ("name", "home (mirror)", "family", "predicts", "px", "k", "k_phi", "w", "loss", "GB", "here")

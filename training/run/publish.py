@@ -17,7 +17,7 @@ from ..models.files import ModelFiles, write_folder, write_single_file
 from ..models.load import read_teacher
 from ..models.lora import file_and_weight, joined, merged, named_with_weight, save_lora, with_loras
 from ..models.pipeline import DTYPES, weights_hash
-from ..models.teachers import resolve
+from ..models.teachers import resolve, without_folders
 from ..scoring.variety import TEACHER_STEPS
 from .checkpoints import explain_write_error
 from .config import Config
@@ -62,7 +62,7 @@ def finish(
         "splam.solver": config.solver,
         "splam.solver_skip": str(config.solver_skip),
         "splam.guidance_scale": str(config.guidance_scale),
-        "splam.teacher": _named(config.teacher),
+        "splam.teacher": without_folders(config.teacher),
         "splam.teacher_hash": digest,
     }
     if config.finish != "none":
@@ -86,7 +86,7 @@ def finish(
         "the LoRA holds": {None: None, "speed": "speed alone", "both": "speed and the teacher's LoRAs"}[
             metadata.get("splam.lora_holds")
         ],
-        "begun from": None if config.student is None else _named(config.student),
+        "begun from": None if config.student is None else without_folders(config.student),
         "finish": _finish(config),
         "k, k_phi, w": f"{config.skip}, {config.solver_skip} ({config.solver}), {config.guidance_scale:g}",
         "teacher (SHA-256 of its weights)": digest,
@@ -219,10 +219,6 @@ def _finish(config: Config) -> str | None:
         f"{config.finish}: {config.finish_steps} steps, rates {config.finish_learning_rate:g} and "
         f"{config.fake_learning_rate:g}, w {config.finish_guidance:g}, anchor {config.finish_anchor:g}"
     )
-
-
-def _named(path: str) -> str:
-    return Path(path).name if Path(path).expanduser().exists() else path
 
 
 def _published(word: object) -> str:
