@@ -260,6 +260,18 @@ def test_what_a_person_sees(small, tiny_pipeline, tmp_path):
     assert loader["widgets_values"][0] == "mine.splam.safetensors"
 
 
+def test_sheets_and_workflow_are_of_the_size_that_is_trained(small, tiny_pipeline, tmp_path):
+    """Whoever lowers it for want of memory has no more for a sheet, and a student is judged where it learned."""
+    (tmp_path / "prompts.txt").write_text("a red ring\n")
+    sheets = ("--sample-every", 1, "--sample-prompts", tmp_path / "prompts.txt")
+    small(tiny_pipeline, tmp_path / "run", 1, "--resolution", 64, *sheets)
+    with Image.open(tmp_path / "run" / "sheet-000001.png") as sheet:
+        assert sheet.width == 5 * (64 + 4) + 4
+    graph = json.loads((tmp_path / "run" / "student.workflow.json").read_text())
+    (latent,) = (node for node in graph["nodes"] if node["type"] == "EmptyLatentImage")
+    assert latent["widgets_values"][:2] == [64, 64]
+
+
 def test_a_card_says_nothing_of_the_machine(small, tiny_pipeline, tmp_path, monkeypatch):
     """Neither where the data and their cache lie, nor where the command's files do, however they were written."""
     prompts, out = tmp_path / "animals.txt", tmp_path / "run"

@@ -122,7 +122,7 @@ def plan(config: Config) -> Plan:
             away += state_bytes(config.optimizer) * learning
             phases["finish"] = _steps(living, counted, pipeline, networks, resolution, away)
             phases["optimizer"] = Phase({1: living.bytes + away + 4.0 * max(trained, learning)})
-        phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline)) + away + vae})
+        phases["sheet"] = Phase({1: living.peak_of(lambda: _draw(pipeline, resolution)) + away + vae})
     frozen = parameters * torch.finfo(base_dtype(config)).bits / 8 * (config.lora or "begin" not in phases)
     return Plan(
         unet_parameters=parameters,
@@ -163,10 +163,10 @@ def _make_data(config: Config, pipeline: Pipeline, resolution: int) -> None:
             pipeline.vae.encode(torch.empty(1, 3, resolution, resolution))
 
 
-def _draw(pipeline: Pipeline) -> None:
+def _draw(pipeline: Pipeline, resolution: int) -> None:
     """Decode a picture of a sheet: one by one, the UNet's activations having gone."""
     with torch.no_grad(), GPU(None):
-        pipeline.vae.decode(torch.empty(1, *pipeline.latent_shape))
+        pipeline.vae.decode(_batch(pipeline, 1, resolution)[0])
 
 
 def _batch(pipeline: Pipeline, size: int, resolution: int) -> tuple[Tensor, Conditioning]:

@@ -158,7 +158,7 @@ def save_workflow(config: Config, model: ModelFiles, folder: Path, model_name: s
     by_type = {node["type"]: node for node in graph["nodes"]}
     by_type["SPLAMLoader"]["widgets_values"][0] = model_name
     by_type["CLIPTextEncode"]["widgets_values"] = [sample_prompts(config)[0]]
-    by_type["EmptyLatentImage"]["widgets_values"][:2] = [model.resolution] * 2
+    by_type["EmptyLatentImage"]["widgets_values"][:2] = [config.data_options.resolution or model.resolution] * 2
     for note in (node for node in graph["nodes"] if node["type"] in ("MarkdownNote", "Note")):
         where = "`models/loras/`" if lora_name else "`models/checkpoints/`"
         note["widgets_values"] = [f"## {config.name}\n\nPut `{lora_name or model_name}` into {where}, refresh, run."]

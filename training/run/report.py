@@ -56,12 +56,14 @@ def is_embedded(config: Config) -> bool:
 
 
 class Sheets:
-    """Sheets of the same prompts and seeds over a run; the teacher's column is drawn once."""
+    """Sheets of the same prompts and seeds, of the size that is trained; the teacher's column is drawn once."""
 
     def __init__(self, config: Config, pipeline: Pipeline, networks: Networks) -> None:
         self.config, self.pipeline, self.networks = config, pipeline, networks
         self.prompts = sample_prompts(config)
         self.batch_size = max(1, min(64, config.train_batch_size))
+        side = None if is_embedded(config) else config.data_options.resolution  # the judge's pictures are of one size
+        self.size = (side, side) if side else None
         self.teacher = self._draw("teacher", "ddim", 50, config.guidance_scale)
         self.teachers_spread: dict[str, float] = {}
         if config.paths is not None:  # it will not be there at the end
@@ -76,7 +78,9 @@ class Sheets:
         """[B, 3, H, W] in [-1, 1]."""
         pipeline, home = self.pipeline, self.pipeline.vae.device
         with self.networks.use(role) as unet:
-            latents = generate(replace(pipeline, unet=unet), prompts, seeds, sampler, steps, w, self.batch_size)
+            latents = generate(
+                replace(pipeline, unet=unet), prompts, seeds, sampler, steps, w, self.batch_size, self.size
+            )
         # Text encoders that are not in use stay where they are; the VAE comes when the UNet's activations have gone.
         pipeline.vae.to(pipeline.device)
         try:
