@@ -22,7 +22,7 @@ from training.models.sampling import generate
 from training.pictures import to_tensor
 from training.scenes.shapes import scene
 from training.scoring import perceptual, report
-from training.scoring.drawing import draw, load_model
+from training.scoring.drawing import draw, load_model, settings
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
 from training.scoring.pictures import read_picture
 from training.scoring.request import Request
@@ -217,6 +217,13 @@ def test_a_folder_of_other_settings_is_refused(tiny_pipeline, whole, tmp_path_fa
     with pytest.raises(ValueError, match="made with other settings"):
         draw(request(**{"model": tiny_pipeline, "output_dir": whole, **change}), drawn_captions(2, 7))
     assert pictures(whole) == before
+
+
+def test_pictures_depend_on_the_second_text_encoder_too(tiny_xl):
+    pipeline = load_pipeline(tiny_xl)
+    before = settings(request(tiny_xl), pipeline)
+    pipeline.text_encoder_2.text_projection.weight.data += 1
+    assert settings(request(tiny_xl), pipeline) != before
 
 
 def test_a_folder_of_strange_pictures_is_refused(tiny_pipeline, tmp_path):

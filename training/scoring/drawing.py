@@ -151,11 +151,13 @@ def source_of(request: Request, pipeline: Pipeline | None, captions: Sequence) -
 def settings(request: Request, pipeline: Pipeline | None) -> dict:
     """All that a picture depends on, besides its index."""
     names = ("protocol", "seed", "sampler", "steps", "guidance_scale", "dtype")
-    prompts = request.prompts
+    prompts, weights = request.prompts, None
+    if pipeline:
+        weights = weights_hash(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     return {name: getattr(request, name) for name in names} | {
         "image_size": size_of(request),
         "captions": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16] if prompts else "drawn",
-        "weights": weights_hash(pipeline.unet, pipeline.vae, pipeline.text_encoder) if pipeline else None,
+        "weights": weights,
         "source": request.model if request.model in SCENE_SOURCES else "model",
     }
 
