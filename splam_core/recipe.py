@@ -104,7 +104,7 @@ class Recipe:
     @property
     def unet_forwards_per_sample(self) -> int:
         """Cost of a training sample: guided teacher steps count 2, the backward pass 2, student and target 1 each."""
-        return 2 * (self.skip // self.solver_skip) + 1 + 2 + 1
+        return (1 if self.guidance_scale == 1 else 2) * (self.skip // self.solver_skip) + 1 + 2 + 1
 
     def objective(self, schedule: NoiseSchedule, prediction_type: str) -> Objective:
         """The loss of this recipe for a teacher of this noise schedule and prediction type."""

@@ -31,3 +31,9 @@ def test_a_huber_of_no_width_has_no_gradient():
     difference = torch.zeros(1, 4, requires_grad=True)
     pseudo_huber(difference, 0.0).sum().backward()
     assert difference.grad.isnan().all()
+
+
+def test_a_teacher_without_guidance_costs_half():
+    """One evaluation a step, as the log and --plan count them."""
+    guided, plain = Recipe(), Recipe(guidance_scale=1.0)
+    assert (guided.unet_forwards_per_sample, plain.unet_forwards_per_sample) == (2 * 3 + 4, 3 + 4)
