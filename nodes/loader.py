@@ -68,7 +68,8 @@ class SPLAMLoader(io.ComfyNode):
             return []
         # A model that was trained on and exported again is loaded again.
         with host_names():
-            return [(str(file), file.stat().st_mtime_ns) for file in files_of(locate(model_name))]
+            # By name alone: the host writes what this gives into every picture's metadata.
+            return [(file.name, file.stat().st_mtime_ns) for file in files_of(locate(model_name))]
 
     @classmethod
     def execute(cls, model_name: str, embedded_guidance: float = 1.0) -> io.NodeOutput:

@@ -1,15 +1,18 @@
 """SPLAM Loader: every kind of file gives diffusers' latents, and what a file lacks or hides is said."""
 
+import copy
+import io
 import json
 import shutil
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from harness.graphs import distil, save_latent, text_to_image
+from harness.graphs import distil, save_image, save_latent, text_to_image
 from harness.reference import SCHEDULER, few_step, node_noises, relative_error
 from harness.server import ServerError
 from splam_core import authors_embedding
@@ -316,6 +319,15 @@ def test_a_width_that_the_host_knows_goes_through_the_host(where, width, heads, 
     scheduler = SCHEDULER | {"prediction_type": "v_prediction" if v else "epsilon"}
     expected = few_step(unet, scheduler, embeds, noise, fresh, 2)
     assert relative_error(load(file)["latent_tensor"] * 0.18215, expected) < 1e-4
+
+
+def test_a_saved_picture_does_not_tell_where_models_lie(pipelines, server):
+    """The host writes the graph into it, and beside each node what it is told apart by."""
+    (file,) = server.files(server.run(save_image(text_to_image("diffusers/gamma", PROMPT, seed=SEED, steps=1))))
+    written = Image.open(io.BytesIO(file)).text["prompt"]
+    assert "is_changed" in json.loads(written)["model"]
+    for folder in (server.folder, pipelines.folder):
+        assert str(folder) not in written and str(folder.resolve()) not in written
 
 
 # ---- names and marks -----------------------------------------------------------------------------------------------
