@@ -106,7 +106,8 @@ def _patched(
 def _pair(patch: tuple[Any, ...], weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """(down [r, in, ...], up [out, r, ...]) whose product is the patch; None for another kind than a plain LoRA's."""
     strength, adapter, strength_model, offset, function = patch
-    plain = isinstance(adapter, comfy.weight_adapter.LoRAAdapter) and strength_model == 1.0
+    # Not a kind of it, such as a DoRA of peft's, of which the matrices are not all.
+    plain = type(adapter) is comfy.weight_adapter.LoRAAdapter and strength_model == 1.0
     if not plain or offset is not None or function is not None:
         return None
     up, down, alpha, middle, dora_scale, reshape = adapter.weights

@@ -148,10 +148,28 @@ def style(server) -> str:
     return "a_style.safetensors"
 
 
-def test_one_lora_may_hold_the_style_too(style, server):
+def with_pefts_dora(folder: Path, style: str) -> str:
+    """The same file with a DoRA of peft's beside the rest, which doubles a convolution and hardly turns it."""
+    module, draw = "up_blocks.0.resnets.0.conv2", torch.Generator().manual_seed(1)
+    unet = load_file(ROOT / "assets" / "embedded" / "unet" / "diffusion_pytorch_model.safetensors")
+    weight = unet[f"{module}.weight"].float()
+    dora = {
+        "lora_A.weight": 0.01 * torch.randn(2, *weight.shape[1:], generator=draw),
+        "lora_B.weight": 0.01 * torch.randn(len(weight), 2, 1, 1, generator=draw),
+        "lora_magnitude_vector": 2 * weight.flatten(1).norm(dim=1),
+    }
+    dora = {f"unet.{module}.{part}": value for part, value in dora.items()}
+    save_file(load_file(folder / style) | dora, folder / "a_style_of_pefts.safetensors")
+    return "a_style_of_pefts.safetensors"
+
+
+@pytest.mark.parametrize("loader", ["LoraLoader", "SPLAMLoraLoader"])
+def test_one_lora_may_hold_the_style_too(loader, style, server):
     """On the plain checkpoint, UNet and text encoder, it gives the picture of the MODEL that it was learned on."""
+    if loader == "SPLAMLoraLoader":
+        style = with_pefts_dora(server.folder / "models" / "loras", style)
     styled = {
-        "class_type": "LoraLoader",
+        "class_type": loader,
         "inputs": {
             **{"model": ["model", 0], "clip": ["model", 1]},
             **{"lora_name": style, "strength_model": 0.8, "strength_clip": 0.6},
@@ -166,8 +184,8 @@ def test_one_lora_may_hold_the_style_too(style, server):
         pictures["learned on"] = latent(server, drawn)
         files = (server.folder / "output" / "loras").glob("distilled_2*")
         name = max(files, key=lambda file: file.stat().st_mtime_ns).name
-        loader = {**styled["inputs"], "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}
-        loaded = picture(["loaded", 0], {**LOADER, "loaded": {"class_type": "LoraLoader", "inputs": loader}})
+        inputs_of_it = {**styled["inputs"], "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}
+        loaded = picture(["loaded", 0], {**LOADER, "loaded": {"class_type": "LoraLoader", "inputs": inputs_of_it}})
         loaded["positive"]["inputs"]["clip"] = ["loaded", 1]
         pictures[holds] = latent(server, loaded)
     scale = pictures["learned on"].std()
