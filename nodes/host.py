@@ -15,6 +15,5 @@ Sampler: TypeAlias = Any  # comfy.samplers.KSAMPLER
 WrappedModel: TypeAlias = Any  # of comfy.samplers, KSamplerX0Inpaint: a MODEL as k-diffusion samplers call it
 ClipTarget: TypeAlias = Any  # comfy.supported_models_base.ClipTarget: a tokenizer and a text encoder to build
 WrapperExecutor: TypeAlias = Any  # comfy.patcher_extension.WrapperExecutor: what a wrapper calls on
-WeightAdapter: TypeAlias = Any  # of comfy.weight_adapter: the change that a LoRA or its kin makes to one weight
 ProgressBar: TypeAlias = Any  # comfy.utils.ProgressBar
 ModelConfig: TypeAlias = Any  # of comfy.supported_models: a family's UNet and latents

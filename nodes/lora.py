@@ -30,7 +30,7 @@ from ..splam_core.keys import lora_key
 from .announce import warn
 from .catalogue import as_listed, host_names, is_pickle, read_json
 from .families import ATTACHMENT as FAMILY
-from .host import Clip, Model, WeightAdapter
+from .host import Clip, Model
 from .options import search_aliases
 from .sockets import connected
 
@@ -163,7 +163,8 @@ def apply_lora(
     for module, magnitude in magnitudes.items():
         target = key_map.get(module)
         if isinstance(patches.get(target), comfy.weight_adapter.LoRAAdapter):
-            patches[target] = PeftDora(patches[target], magnitude)
+            plain = patches[target]
+            patches[target] = PeftDora(plain.loaded_keys, (*plain.weights, magnitude))
     patched = model.clone()
     if strength_model != 0 and (told := family_told(path.name, read_metadata(path))) is not None:
         patched.set_attachments(FAMILY, told)
@@ -183,11 +184,8 @@ class PeftDora(comfy.weight_adapter.LoRAAdapter):
     """A LoRA after which each row of the weight is scaled to its magnitude, as peft's DoRA does.
 
     The host's own `dora_scale` divides by the norms of the weight before the change, or by those of its columns.
+    The magnitude is the last of its weights: a host that streams them to the device makes the adapter of them anew.
     """
-
-    def __init__(self, lora: WeightAdapter, magnitude: Tensor):
-        super().__init__(lora.loaded_keys, lora.weights)
-        self.magnitude = magnitude
 
     def calculate_weight(
         self,
@@ -209,7 +207,7 @@ class PeftDora(comfy.weight_adapter.LoRAAdapter):
         before = weight.to(intermediate_dtype)
         after = before + scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         rows = (-1, *[1] * (weight.ndim - 1))
-        after *= (here(self.magnitude) / after.flatten(1).norm(dim=1)).reshape(rows)
+        after *= (here(self.weights[-1]) / after.flatten(1).norm(dim=1)).reshape(rows)
         weight += function((strength * (after - before)).to(weight.dtype))
         return weight
 

@@ -64,11 +64,14 @@ def trained(pipelines, comfyui):
 
 @pytest.fixture
 def sample(server):
-    def run(lora_name: str, model="diffusers/plain", clip=True, **strengths):
+    def run(lora_name: str, model="diffusers/plain", clip=True, after=None, **strengths):
         graph = save_latent(text_to_image(model, PROMPT, seed=SEED, steps=3))
         inputs = {"model": ["model", 0], "lora_name": lora_name, "strength_model": 1.0, "strength_clip": 1.0}
         graph["lora"] = {"class_type": "SPLAMLoraLoader", "inputs": inputs | strengths}
-        graph["sampled"]["inputs"]["model"] = ["lora", 0]
+        graph["after"] = {"class_type": after, "inputs": {"model": ["lora", 0]}}
+        graph["sampled"]["inputs"]["model"] = ["after" if after else "lora", 0]
+        if not after:
+            del graph["after"]
         if clip:
             graph["lora"]["inputs"]["clip"] = ["model", 1]
             graph["positive"]["inputs"]["clip"] = ["lora", 1]
@@ -131,6 +134,7 @@ def test_dora_is_pefts(server, trained, sample):
     assert "have no place" not in log
     assert relative_error(trained(ALPHA)[0], expected) > 1e-2
     assert not sample(name, strength_model=0.5).equal(found)
+    assert sample(name, after="TestAdaptersAnew").equal(found)
     name = put(server, "dora-unet.safetensors", weights, metadata)
     _, log = log_of(server, lambda: sample(name, clip=False))
     assert "no CLIP is connected" not in log

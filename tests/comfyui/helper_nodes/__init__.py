@@ -1,13 +1,18 @@
 """Nodes of the tests' ComfyUI alone: what other packs do to a MODEL or a CONDITIONING, and what can go wrong."""
 
+import copy
 import ctypes
 import gc
+import inspect
+import logging
 import os
 import sys
+import uuid
 from pathlib import Path
 
 import comfy.controlnet
 import comfy.ldm.modules.attention
+import comfy.weight_adapter
 import torch
 
 
@@ -25,6 +30,29 @@ def _as_on_windows() -> None:
 
 if sys.platform == "linux":
     _as_on_windows()
+
+
+class TestAdaptersAnew:
+    """As ComfyUI 0.33 brings a LoRA to the device piece by piece: makes every adapter anew, of its keys and weights."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        def anew(value):
+            is_adapter = isinstance(value, comfy.weight_adapter.WeightAdapterBase)
+            return type(value)(value.loaded_keys, value.weights) if is_adapter else value
+
+        model = model.clone()
+        model.patches = {
+            key: [(first, anew(value), *rest) for first, value, *rest in patches]
+            for key, patches in model.patches.items()
+        }
+        model.patches_uuid = uuid.uuid4()
+        return (model,)
 
 
 class TestAttentionPatch:
@@ -194,6 +222,7 @@ class TestTrimHeap:
 
 
 NODE_CLASS_MAPPINGS = {
+    "TestAdaptersAnew": TestAdaptersAnew,
     "TestAttentionPatch": TestAttentionPatch,
     "TestAttentionReplace": TestAttentionReplace,
     "TestChoice": TestChoice,
