@@ -31,7 +31,7 @@ from ..splam_core.checkpoint import (
 )
 from ..splam_core.families import family_told
 from ..splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
-from .catalogue import Location, read_json
+from .catalogue import Location, host_names, read_json
 from .families import ATTACHMENT as FAMILY
 from .gamma import ATTACHMENT, GammaWeights
 from .host import Clip, Model, Vae
@@ -72,8 +72,11 @@ class Loaded:
     warnings: list[str]
 
 
-def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
-    """Raises ValueError or FileNotFoundError naming the file, what was expected, what was found and what to do."""
+def load(location: Location, embedded_guidance: float = 1.0, **loading: bool) -> Loaded:
+    """Raises ValueError or FileNotFoundError naming the file, what was expected, what was found and what to do.
+
+    loading: arguments of the host's own functions, from a host that asks for the model once more.
+    """
     read = read_pipeline if location.is_pipeline else read_unet_or_file
     checkpoint = read(location, embedded_guidance)
     try:
@@ -82,7 +85,7 @@ def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
                 f"the UNet's weight {broken} holds NaN or infinite values, and every picture would. The file is "
                 "damaged, or a merge or training that made it went wrong: fetch it again, or take another."
             )
-        model, clip, vae = build(checkpoint)
+        model, clip, vae = build(checkpoint, **loading)
         model = with_schedule(model, checkpoint)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
@@ -93,7 +96,19 @@ def load(location: Location, embedded_guidance: float = 1.0) -> Loaded:
         told = "splam", "its loader knows it as a SPLAM or LCM"
     if told is not None:
         model.set_attachments(FAMILY, told)
+    patchers = {"model": model, "clip": getattr(clip, "patcher", None), "vae": getattr(vae, "patcher", None)}
+    for part, patcher in patchers.items():
+        if patcher is not None:
+            # By which ComfyUI 0.33 makes copies with weights of their own: for hooks, torch.compile, Train LoRA.
+            patcher.cached_patcher_init = (load_again, (location, embedded_guidance, part))
     return Loaded(model, clip, vae, _warnings(checkpoint, clip, vae))
+
+
+def load_again(location: Location, embedded_guidance: float, part: str, **loading: bool) -> Model:
+    """The ModelPatcher of a model's part, "model", "clip" or "vae", with weights of its own. Errors as `load`."""
+    with host_names():
+        found = getattr(load(location, embedded_guidance, **loading), part)
+    return found if part == "model" else found.patcher
 
 
 def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
@@ -195,8 +210,8 @@ def fold(
     return folded, (True, kept)
 
 
-def build(checkpoint: Checkpoint) -> tuple[Model, Clip | None, Vae | None]:
-    """(MODEL, CLIP or None, VAE or None)."""
+def build(checkpoint: Checkpoint, **loading: bool) -> tuple[Model, Clip | None, Vae | None]:
+    """(MODEL, CLIP or None, VAE or None). loading: as of `load`."""
     whole = checkpoint.whole_file
     bias = checkpoint.unet.get("time_embed.0.bias")
     if whole is not None and host_knows(checkpoint.unet):
@@ -209,11 +224,12 @@ def build(checkpoint: Checkpoint) -> tuple[Model, Clip | None, Vae | None]:
             output_clip=has_clip,
             embedding_directory=directories,
             metadata=checkpoint.metadata,
+            **loading,
         )
         check_keys(model.model.diffusion_model, checkpoint.unet, "UNet", missing_only=True)
     else:
-        model = build_unet(checkpoint.unet, checkpoint.configs)
-        clip = build_clip(checkpoint.text_encoders, checkpoint.configs) if checkpoint.text_encoders else None
+        model = build_unet(checkpoint.unet, checkpoint.configs, **loading)
+        clip = build_clip(checkpoint.text_encoders, checkpoint.configs, **loading) if checkpoint.text_encoders else None
         vae = build_vae(checkpoint.vae, checkpoint.configs) if checkpoint.vae else None
     first = model.model.diffusion_model.time_embed[0]
     if bias is not None and first.bias is not None and first.bias.dtype.itemsize == 1:

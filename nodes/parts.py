@@ -34,10 +34,13 @@ def host_knows(unet: StateDict) -> bool:
     return found is not None and any(family.matches(found, unet) for family in comfy.supported_models.models)
 
 
-def build_unet(weights: StateDict, configs: Mapping[str, Config]) -> Model:
-    """A UNet under LDM names as a MODEL on the host's default schedule. Raises ValueError where it does not fit."""
+def build_unet(weights: StateDict, configs: Mapping[str, Config], **loading: bool) -> Model:
+    """A UNet under LDM names as a MODEL on the host's default schedule. Raises ValueError where it does not fit.
+
+    loading: arguments of the host's own functions, here and for the text encoders.
+    """
     if host_knows(weights):
-        model = comfy.sd.load_diffusion_model_state_dict(dict(weights))
+        model = comfy.sd.load_diffusion_model_state_dict(dict(weights), **loading)
         check_keys(model.model.diffusion_model, weights, "UNet", missing_only=True)
         return model
     options = unet_options(weights, configs.get("unet"))
@@ -59,7 +62,7 @@ def build_unet(weights: StateDict, configs: Mapping[str, Config]) -> Model:
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
 
 
-def build_clip(encoders: list[StateDict], configs: Mapping[str, Config]) -> Clip:
+def build_clip(encoders: list[StateDict], configs: Mapping[str, Config], **loading: bool) -> Clip:
     """The text encoders as a CLIP, which brings the host's own tokenizer."""
     # transformers 5 writes the names without the prefix that the host expects.
     encoders = [
@@ -75,7 +78,7 @@ def build_clip(encoders: list[StateDict], configs: Mapping[str, Config]) -> Clip
         # A CLIPTextModel has none, and nothing here reads it; the host would warn of its absence.
         encoder.setdefault("text_projection.weight", torch.eye(option["hidden_size"]))
     if [encoder[WIDTH_KEY].shape[1] for encoder in encoders] in HOST_TEXT_WIDTHS and _has_host_depth(options):
-        return comfy.sd.load_text_encoder_state_dicts(encoders, embedding_directory=directories)
+        return comfy.sd.load_text_encoder_state_dicts(encoders, embedding_directory=directories, **loading)
     pads_with_zero = [(configs.get(name) or {}).get("pad_token") == "!" for name in ("tokenizer", "tokenizer_2")]
     target = _two_towers(encoders, options) if len(encoders) == 2 else _one_tower(options[0], pads_with_zero[0])
     state_dict = {
@@ -85,7 +88,7 @@ def build_clip(encoders: list[StateDict], configs: Mapping[str, Config]) -> Clip
         if not key.endswith("position_ids")
     }
     parameters = comfy.utils.calculate_parameters(state_dict)
-    clip = comfy.sd.CLIP(target, embedding_directory=directories, parameters=parameters)
+    clip = comfy.sd.CLIP(target, embedding_directory=directories, parameters=parameters, **loading)
     missing, unknown = clip.load_sd(state_dict, full_model=True)
     unfilled = [key for key in (*missing, *unknown) if not key.endswith("logit_scale")]
     if unfilled:

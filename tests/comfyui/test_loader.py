@@ -321,6 +321,18 @@ def test_a_width_that_the_host_knows_goes_through_the_host(where, width, heads, 
     assert relative_error(load(file)["latent_tensor"] * 0.18215, expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["plain", "gamma"])
+def test_the_host_may_copy_it_with_weights_of_its_own(name, server):
+    """As ComfyUI 0.33 does for hooks, for torch.compile, for Train LoRA: by loading it once more."""
+    graph = save_image(text_to_image(f"diffusers/{name}", PROMPT, seed=SEED, steps=2))
+    parts = {part: ["model", number] for number, part in enumerate(("model", "clip", "vae"))}
+    copied = copy.deepcopy(graph) | {"copy": {"class_type": "TestFreshWeights", "inputs": parts}}
+    for number, (node, part) in enumerate((("sampled", "model"), ("positive", "clip"), ("decoded", "vae"))):
+        copied[node]["inputs"][part] = ["copy", number]
+    pictures = [Image.open(io.BytesIO(server.files(server.run(one))[0])) for one in (graph, copied)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
 def test_a_saved_picture_does_not_tell_where_models_lie(pipelines, server):
     """The host writes the graph into it, and beside each node what it is told apart by."""
     (file,) = server.files(server.run(save_image(text_to_image("diffusers/gamma", PROMPT, seed=SEED, steps=1))))

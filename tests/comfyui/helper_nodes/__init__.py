@@ -91,6 +91,33 @@ class TestAttentionReplace:
         return (model,)
 
 
+class TestFreshWeights:
+    """As ComfyUI 0.33 copies what it trains, compiles or hooks into: with weights of its own, by the loader."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP", "VAE"), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)}}
+
+    def run(self, model, clip, vae):
+        copies = [self.copy(patcher) for patcher in (model, clip.patcher, vae.patcher)]
+        clip, vae = clip.clone(), copy.copy(vae)
+        clip.patcher, clip.cond_stage_model = copies[1], copies[1].model
+        vae.patcher, vae.first_stage_model = copies[2], copies[2].model
+        return copies[0], clip, vae
+
+    def copy(self, patcher):
+        if "force_deepcopy" in inspect.signature(patcher.clone).parameters:
+            made = patcher.clone(force_deepcopy=True)
+        else:
+            factory, arguments, *part = patcher.cached_patcher_init
+            made = factory(*arguments)
+            made = made[part[0]] if part else made
+        assert made.model is not patcher.model
+        return made
+
+
 class TestChoice:
     """As the selectors of other packs: a name that reaches a loader by a link."""
 
@@ -227,6 +254,7 @@ NODE_CLASS_MAPPINGS = {
     "TestAttentionReplace": TestAttentionReplace,
     "TestChoice": TestChoice,
     "TestControlNet": TestControlNet,
+    "TestFreshWeights": TestFreshWeights,
     "TestOutOfMemory": TestOutOfMemory,
     "TestTrimHeap": TestTrimHeap,
     "TestWrapper": TestWrapper,
