@@ -83,7 +83,7 @@ def sample_family(
         raise ValueError(f"SPLAM: refinements are SPLAM's, and the family is '{chosen.name}'. Set refinements to 0.")
     sampling = base.model_sampling
     schedule = schedule_of(sampling).to(x.device)
-    check_sigmas(sigmas)
+    check_sigmas(sigmas, sampling)
     check_latent("SPLAM", x, base.latent_format.latent_channels)
     patched = is_consistency(sampling)
     timesteps = nearest_timesteps(schedule, sigmas[sigmas > 0]).tolist()

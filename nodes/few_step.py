@@ -55,12 +55,18 @@ def check_latent(node: str, samples: Tensor, channels: int) -> None:
         )
 
 
-def check_sigmas(sigmas: Tensor) -> None:
-    """Raises ValueError for sigmas that this sampler cannot follow."""
+def check_sigmas(sigmas: Tensor, sampling: ModelSampling) -> None:
+    """Raises ValueError for sigmas that this sampler cannot follow on this model_sampling."""
     if not torch.isfinite(sigmas).all():
         raise ValueError(
             "SPLAM: the sigmas hold NaN or infinite values: their scheduler does not fit this MODEL. Connect SPLAM "
             "Scheduler, or choose the scheduler 'splam'."
+        )
+    first, largest = float(sigmas[0]), float(sampling.sigma_max)
+    if first > largest * 1.001:
+        raise ValueError(
+            f"SPLAM: the sigmas begin at {first:.4g}, and this MODEL's largest is {largest:.4g}: there is more noise "
+            "in the latent than it can take away. Connect SPLAM Scheduler, or take out Set First Sigma and the like."
         )
     if (sigmas.diff() >= 0).any():
         raise ValueError(
@@ -101,7 +107,7 @@ def sample_splam(
         return x  # no step, as after Split Sigmas at the end: the host's samplers do the same
     sampling = model.inner_model.inner_model.model_sampling
     schedule = schedule_of(sampling).to(x.device)
-    check_sigmas(sigmas)
+    check_sigmas(sigmas, sampling)
     check_latent("SPLAM", x, model.inner_model.inner_model.latent_format.latent_channels)
     patched = is_consistency(sampling)
     if refinements > 0 and not takes_sub_paths(sampling):

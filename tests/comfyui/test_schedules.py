@@ -51,6 +51,15 @@ def test_infinite_sigmas_are_not_blamed_on_the_vae(picture, run):
         run(custom(sigmas=node("VPScheduler", steps=4, beta_d=5000.0, beta_min=0.1, eps_s=0.001)))
 
 
+@pytest.mark.parametrize("family", ["splam", "tcd"])
+def test_more_noise_than_the_model_knows(family, picture, run):
+    """As with another family's schedule: every picture would be noise."""
+    graph = custom(sigmas=node("VPScheduler", steps=4, beta_d=19.9, beta_min=0.1, eps_s=0.001))
+    graph["sampler"]["inputs"]["family"] = family
+    with pytest.raises(ServerError, match=r"begin at 152\.\d, and this MODEL's largest is 14\.61"):
+        run(graph)
+
+
 def test_no_step_changes_nothing(picture, run):
     graph = custom(split=node("SplitSigmas", sigmas=["sigmas", 0], step=STEPS))
     graph["sampled"]["inputs"] |= {"sigmas": ["split", 1], "add_noise": False}
