@@ -99,7 +99,8 @@ def sample_family(
         if patched or chosen.step == "fresh":  # F of the MODEL, or F for the consistency model that it is
             c_skip, c_out = (broadcast_to(c, z) for c in boundary_scalings(t.float()))
             if chosen.step != "fresh":
-                x0 = (x0 - c_skip * z) / c_out
+                # At timestep 0 F is z, with next to no noise in it, and tells nothing of the prediction.
+                x0 = (x0 - c_skip * z) / c_out if timesteps[step] > 0 else x0
             elif not patched:
                 x0 = c_skip * z + c_out * x0
         if callback is not None:

@@ -148,6 +148,23 @@ def test_the_parts_give_the_sampler_nodes_latents(family, model, run):
     assert relative_error(run(parts), whole) < 1e-4
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "dmd2"])
+def test_a_schedule_that_ends_at_timestep_0(family, run):
+    """As Karras'. There a MODEL with SPLAM's parametrisation gives back what it is asked about."""
+    pictures = []
+    for patched in (False, True):
+        graph = custom("diffusers/plain", PROMPT, seed=SEED, steps=4)
+        karras = {"model": ["model", 0], "scheduler": "karras", "steps": 4, "denoise": 1.0}
+        graph["sigmas"] = {"class_type": "BasicScheduler", "inputs": karras}
+        graph["sampler"]["inputs"]["family"] = family
+        if patched:
+            inputs = {"model": ["model", 0], "gamma_conditioning": "none"}
+            graph["patched"] = {"class_type": "SPLAMModelPatch", "inputs": inputs}
+            graph["sampled"]["inputs"]["model"] = ["patched", 0]
+        pictures.append(run(graph))
+    assert relative_error(pictures[1], pictures[0]) < 0.1
+
+
 def test_the_default_is_as_before_to_the_bit(run):
     before = run(stock("diffusers/plain", PROMPT, seed=SEED, steps=3, cfg=1.0, sampler="splam", scheduler="splam"))
     graph = custom("diffusers/plain", PROMPT, seed=SEED, steps=3)
