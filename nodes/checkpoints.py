@@ -315,7 +315,8 @@ def _warnings(checkpoint: Checkpoint, clip: Clip | None, vae: Vae | None) -> lis
     if not unet_config and checkpoint.unet["input_blocks.0.0.weight"].shape[0] != 320:
         warnings.append(
             f"SPLAM Loader: {name} does not say how many attention heads its UNet has; taken as Stable Diffusion's. "
-            "If the picture is noise, put its config.json beside the file."
+            "If the picture is noise, give it a folder in models/diffusers, as diffusion_pytorch_model.safetensors "
+            "beside its config.json."
         )
     return warnings
 
