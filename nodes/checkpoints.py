@@ -249,8 +249,12 @@ def with_schedule(model: Model, checkpoint: Checkpoint) -> Model:
 
 
 def files_of(location: Location) -> list[Path]:
-    """All weight files of a model. Raises ValueError where one is missing."""
-    return [file for group in _weight_groups(location) for file in group]
+    """All that a model is read from: weights, and what says how to take them. Raises ValueError for lost weights."""
+    weights = [file for group in _weight_groups(location) for file in group]
+    settings = [file.parent / "config.json" for file in weights]
+    settings.append(location.path / "scheduler" / "scheduler_config.json")
+    settings += [location.path / tokenizer / "tokenizer_config.json" for tokenizer in ("tokenizer", "tokenizer_2")]
+    return weights + [file for file in settings if file.is_file()]
 
 
 def _weight_groups(location: Location) -> list[list[Path]]:

@@ -66,7 +66,7 @@ class SPLAMLoader(io.ComfyNode):
     def fingerprint_inputs(cls, model_name: str | None, embedded_guidance: float = 1.0) -> list[tuple[str, int]]:
         if model_name is None:  # by a link, of which the host does not tell the value: what it hangs on tells
             return []
-        # A model that was trained on and exported again is loaded again.
+        # A model that was trained on and exported again, or whose configuration was mended, is loaded again.
         with host_names():
             # By name alone: the host writes what this gives into every picture's metadata.
             return [(file.name, file.stat().st_mtime_ns) for file in files_of(locate(model_name))]

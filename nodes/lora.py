@@ -84,11 +84,12 @@ class SPLAMLoraLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> int:
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> list[int]:
         if lora_name is None:  # by a link, of which the host does not tell the value: what it hangs on tells
-            return 0
+            return []
         with host_names():
-            return locate_lora(lora_name).stat().st_mtime_ns
+            path = locate_lora(lora_name)
+            return [file.stat().st_mtime_ns for file in (path, _settings_beside(path)) if file is not None]
 
     @classmethod
     @connected
@@ -235,10 +236,14 @@ def _bias(target: Any) -> str:
 def _adapters(path: Path) -> dict[str, dict[str, Any]]:
     """peft's settings of the LoRA: in the file (diffusers), or beside it (peft)."""
     adapters = lora_adapters(read_metadata(path))
-    beside = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and beside.is_file():
+    if (beside := _settings_beside(path)) is not None:
         adapters.setdefault("unet", {}).update(read_json(beside))
     return adapters
+
+
+def _settings_beside(path: Path) -> Path | None:
+    beside = path.with_name("adapter_config.json")
+    return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None
 
 
 def _check_family(

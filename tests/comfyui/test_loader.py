@@ -321,6 +321,19 @@ def test_a_width_that_the_host_knows_goes_through_the_host(where, width, heads, 
     assert relative_error(load(file)["latent_tensor"] * 0.18215, expected) < 1e-4
 
 
+def test_a_configuration_that_is_mended_is_read_again(pipelines, tokens, sample):
+    """By the same graph, in the same server."""
+    folder = pipelines.folder / "mended"
+    shutil.copytree(pipelines.folder / "v", folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    right = json.loads(file.read_text())
+    file.write_text(json.dumps(right | {"prediction_type": "epsilon"}))
+    expected = expected_latents(pipelines.reference("v"), tokens)
+    assert relative_error(sample("diffusers/mended"), expected) > 1e-2
+    file.write_text(json.dumps(right))
+    assert relative_error(sample("diffusers/mended"), expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["plain", "gamma"])
 def test_the_host_may_copy_it_with_weights_of_its_own(name, server):
     """As ComfyUI 0.33 does for hooks, for torch.compile, for Train LoRA: by loading it once more."""

@@ -242,6 +242,16 @@ def test_alpha_is_read_where_the_file_says_it(where, server, trained, sample):
     assert relative_error(sample(name, **strengths), expected) < 1e-5
 
 
+def test_settings_that_come_later_are_read(server, trained, sample):
+    _, unet_lora, _ = trained(ALPHA)
+    (server.folder / "models" / "loras" / "late").mkdir(parents=True, exist_ok=True)
+    name = put(server, "late/adapter_model.safetensors", {f"unet.{key}": weight for key, weight in unet_lora.items()})
+    before = sample(name, clip=False)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
+    (server.folder / "models" / "loras" / "late" / "adapter_config.json").write_text(json.dumps(config))
+    assert relative_error(sample(name, clip=False), before) > 1e-2
+
+
 def test_a_folded_gamma_travels_as_diff_b(server, pipelines, sample):
     """The LoRA that turns the plain UNet's bias into the folded one of a UNet told the authors' gamma = 1."""
     weights = load_file(pipelines.folder / "gamma" / "unet" / "diffusion_pytorch_model.safetensors")
