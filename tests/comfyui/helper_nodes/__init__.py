@@ -4,7 +4,6 @@ import copy
 import ctypes
 import gc
 import inspect
-import logging
 import os
 import sys
 import uuid
