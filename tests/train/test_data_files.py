@@ -159,8 +159,11 @@ def test_prompts_and_captions_of_runs_and_scores_are_read_alike(tmp_path):
         ["a", "small", "red", "circle"],
         ["a", "large", "blue", "star"],
     ]
-    assert read_captions(file) == ["a small red circle", "a large blue star"]
-    assert [str(caption) for caption in read_scene_captions(file)] == ["a small red circle", "a large blue star"]
+    assert read_captions(file) == ["a soccer ball on a red background", "a yellow star on a blue background"]
+    assert [str(caption) for caption in read_scene_captions(file)] == [
+        "a soccer ball on a red background",
+        "a yellow star on a blue background",
+    ]
     (tmp_path / "captions.json").write_text('["a fox"]', encoding="utf-8-sig")
     assert read_captions(tmp_path / "captions.json") == ["a fox"]
 
