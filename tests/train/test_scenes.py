@@ -23,7 +23,7 @@ from training.embedded.judge import Targets, judge_loss, target_of
 from training.embedded.loop import train
 from training.embedded.teacher import encode_scenes
 from training.embedded.text import GROUPS, WIDTH, LayoutHead, build_text_encoder, layout
-from training.models.teachers import EMBEDDED
+from training.models.teachers import ASSETS, EMBEDDED
 from training.pictures import to_tensor
 from training.scenes.emoji import (
     BACKGROUNDS,
@@ -44,7 +44,7 @@ from training.scenes.emoji import (
     related,
     scene,
 )
-from training.scenes.judge import Judge
+from training.scenes.judge import Judge, load_judge
 
 pytestmark = pytest.mark.train
 
