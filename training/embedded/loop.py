@@ -42,7 +42,7 @@ def train(
     Saves there, and at the latest after SAVE_SECONDS. Resumes from `checkpoint` when it is there; a resumed run takes
     the same batches as an uninterrupted one.
     """
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
