@@ -5,7 +5,7 @@
 Needs the autoencoder in RUN_DIR/vae and the text encoder in RUN_DIR/text_encoder, which stay as they are. Encodes
 scenes by 1,024 into RUN_DIR/latents (more of them when `--shards` grows, none twice), trains with resumable
 checkpoints, a sheet of samples at every 500 steps, and at the end writes the diffusers pipeline to RUN_DIR/pipeline.
-`--sheet FILE` only draws from the last checkpoint.
+`--begin UNET` trains one further that has no checkpoint; `--sheet FILE` only draws from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..models.teachers import EMBEDDED
 from ..pictures import save_sheet, to_images, to_tensor
-from ..scenes.emoji import IMAGE_SIZE, Pictures, draw_caption
+from ..scenes.emoji import IMAGE_SIZE, Pictures, draw_caption, parse_caption
 from .autoencoder import SCALING_FACTOR
 from .loop import half_precision, save_whole, train
 from .text import WIDTH
 
 CAPTION_DROP = 0.1
+PAIRS_SEEN = 3  # times as often as single things: small ones are learnt late
 MIN_SNR_GAMMA = 5.0  # Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, eq. 8
 SHARD = 1024  # scenes in a file of latents
 CHUNK = 16  # scenes encoded at once
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--shards", type=int, default=16, help="of 1,024 encoded scenes")
     parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--begin", type=Path, help="a UNet's folder to begin with, such as assets/embedded/unet")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the sheets")
@@ -186,6 +188,8 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")  # CLIP's own, which is not trained
     text_encoder = CLIPTextModel.from_pretrained(args.run_dir / "text_encoder").eval().requires_grad_(False)
     unet, checkpoint = build_unet(), args.run_dir / "teacher.pt"
+    if args.begin:
+        unet = UNet2DConditionModel.from_pretrained(args.begin, torch_dtype=torch.float32)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     schedule = NoiseSchedule.scaled_linear()
     pipeline = Pipeline(ema, vae, text_encoder, tokenizer, schedule, dict(build_scheduler().config))
@@ -197,12 +201,15 @@ def main() -> None:
     latents, captions = encode_scenes(vae, Pictures(), args.seed, args.shards, args.run_dir / "latents", SHARD)
     told = encode_captions(pipeline, [*captions, ""])
 
+    pairs = torch.tensor([len(parse_caption(caption).things) == 2 for caption in captions]).nonzero()[:, 0]
+    pool = torch.cat([torch.arange(len(latents)), *[pairs] * (PAIRS_SEEN - 1)])
+
     def data_from(first: int):
-        """Epoch e visits the scenes in the order of the generator seeded with e."""
+        """Epoch e visits the pool in the order of the generator seeded with e."""
         for step in range(first, args.steps):
-            epoch, position = divmod(step, len(latents) // args.batch_size)
-            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
-            yield order[position * args.batch_size : (position + 1) * args.batch_size]
+            epoch, position = divmod(step, len(pool) // args.batch_size)
+            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(epoch))
+            yield pool[order[position * args.batch_size : (position + 1) * args.batch_size]]
 
     def loss_at(_: int, chosen: Tensor) -> Tensor:
         x_0 = latents[chosen].float()
