@@ -14,7 +14,7 @@ from harness.server import ROOT
 from snippets.diffusers_pipeline import embedded, latents
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a yellow star above a doughnut"
+PROMPT = "a large red star above a small blue ring"
 
 
 def test_a_diffusers_pipeline_draws_the_same_latents(server):

@@ -21,7 +21,7 @@ from harness.reference import node_noises, relative_error
 from harness.server import ROOT
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a yellow star above a doughnut"
+PROMPT = "a large red star above a small blue ring"
 SEED = 1234
 
 
