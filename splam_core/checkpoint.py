@@ -251,7 +251,10 @@ def shortened(text: str, most: int = 300) -> str:
 
 
 def with_names(text: str, folders: Mapping[Path, str], most: int = 4000) -> str:
-    """An error's text for whoever sees a shared server's page: the folders' names in place of paths; `shortened`."""
+    """An error's text for whoever sees a shared server's page, `shortened` to `most` characters.
+
+    folders: path -> the name that takes its place, wherever the path stands in the text.
+    """
     # Also as links lead to them, and as Python's own errors quote them where a name has backslashes.
     written = {
         str(form): name for path, name in folders.items() for form in (path, path.resolve()) if len(path.parts) > 1
