@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ..files import whole_file
-from ..pictures import to_tensor
-from ..scenes.shapes import scene
 
 # bf16 where the processor computes in it, fp32 elsewhere: without avx512_bf16 a product in bf16 takes 7 times as long.
 HALF = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
@@ -20,33 +17,6 @@ SAVE_SECONDS = 240  # between checkpoints at the most, as far as steps are short
 
 def half_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=HALF)
-
-
-class Scenes(Dataset):
-    """Scenes [start, stop) of a stream, each passed through `sample(image, caption, placed) -> tensors`."""
-
-    def __init__(self, seed: int, start: int, stop: int, sample: Callable, **caption_options) -> None:
-        self.seed, self.start, self.stop, self.sample, self.options = seed, start, stop, sample, caption_options
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int):
-        return self.sample(*scene(self.seed, self.start + index, **self.options))
-
-
-def scene_pictures(seed: int, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
-    """Pictures [B, 3, 128, 128] in [-1, 1] and captions of scenes of a stream."""
-    scenes = [scene(seed, index) for index in indices]
-    return torch.stack([to_tensor(image) for image, _, _ in scenes]), [str(caption) for _, caption, _ in scenes]
-
-
-def batches(
-    seed: int, batch_size: int, first_step: int, last_step: int, sample: Callable, **caption_options
-) -> DataLoader:
-    """One never repeating pass over the stream: step n sees scenes [n * batch_size, (n + 1) * batch_size)."""
-    data = Scenes(seed, first_step * batch_size, last_step * batch_size, sample, **caption_options)
-    return DataLoader(data, batch_size, num_workers=1, worker_init_fn=lambda _: torch.set_num_threads(1))
 
 
 def save_whole(state: dict, path: Path) -> None:
@@ -72,7 +42,7 @@ def train(
     Saves there, and at the latest after SAVE_SECONDS. Resumes from `checkpoint` when it is there; a resumed run takes
     the same batches as an uninterrupted one.
     """
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

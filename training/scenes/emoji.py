@@ -1,8 +1,8 @@
 """Scenes of emoji: one large picture of a set, or two in a relation, on a background that the caption may name.
 
 The set is of Microsoft's Fluent Emoji 3D (MIT), pictures of 256x256 px with transparency in assets/emoji, named by code
-points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. As in `shapes`, the caption names what
-must be seen; exact place, side that it faces and shades are nuisance; and all of it is a function of (seed, index).
+points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. The caption names what must be seen;
+exact place, side that it faces and shades are nuisance; and all of it is a function of (seed, index).
 Things stand on a grid of GRID pixels, the side of a latent: moved by less, each would look different to an autoencoder
 of that factor, and all of them would have to be learnt.
 """
@@ -13,7 +13,7 @@ import colorsys
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +206,14 @@ class Pictures:
         caption = draw_caption(rng, **caption_options)
         placed = place(caption, rng)
         return self.render(caption, placed, rng), caption, placed
+
+
+@cache
+def pictures() -> Pictures:
+    """Those that are shipped, read once a process."""
+    return Pictures()
+
+
+def scene(seed: int, index: int, **caption_options) -> tuple[np.ndarray, Caption, tuple[Placed, ...]]:
+    """`Pictures.scene` of those that are shipped."""
+    return pictures().scene(seed, index, **caption_options)
