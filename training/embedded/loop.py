@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 
 from ..files import whole_file
 
@@ -22,6 +24,15 @@ def half_precision() -> torch.autocast:
 def save_whole(state: dict, path: Path) -> None:
     with whole_file(path) as place:
         torch.save(state, place)
+
+
+def average(modules: torch.nn.Module) -> None:
+    """Each gradient becomes the mean over processes."""
+    gradients = [parameter.grad for parameter in modules.parameters() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    for gradient, mean in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_((mean / dist.get_world_size()).view_as(gradient))
 
 
 def train(
@@ -40,8 +51,10 @@ def train(
     """AdamW with linear warm-up and cosine decay, clip 1; yields the number of steps done every `save_every`.
 
     Saves there, and at the latest after SAVE_SECONDS. Resumes from `checkpoint` when it is there; a resumed run takes
-    the same batches as an uninterrupted one.
+    the same batches as an uninterrupted one. Under `accelerate launch` the gradients are the mean of the processes',
+    each of which draws its own noise; the first of them saves.
     """
+    process = PartialState(cpu=True)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     first = 0
     if checkpoint.exists():
@@ -62,12 +75,14 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
-        torch.manual_seed(step)
+        torch.manual_seed(step * process.num_processes + process.process_index)
         loss = loss_at(step, batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last good state is in {checkpoint}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if process.num_processes > 1:
+            average(modules)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         if ema is not None:
@@ -75,7 +90,7 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(modules.parameters()), 1 - decay)
         running, seen = running + loss.item(), seen + 1
-        if (step + 1) % report_every == 0:
+        if process.is_main_process and (step + 1) % report_every == 0:
             rate = seen / (time.time() - since)
             print(
                 f"step {step + 1}/{steps}  loss {running / seen:.4f}  {rate:.2f} steps/s  "
@@ -84,7 +99,7 @@ def train(
             )
             running, since, seen = 0.0, time.time(), 0
         due = (step + 1) % save_every == 0 or step + 1 == steps
-        if due or time.time() - saved >= SAVE_SECONDS:
+        if process.is_main_process and (due or time.time() - saved >= SAVE_SECONDS):
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             save_whole(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
             saved = time.time()

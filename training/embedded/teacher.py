@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,13 +30,12 @@ from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..models.teachers import EMBEDDED
 from ..pictures import save_sheet, to_images, to_tensor
-from ..scenes.emoji import IMAGE_SIZE, Pictures, draw_caption, parse_caption
+from ..scenes.emoji import IMAGE_SIZE, Pictures, draw_caption
 from .autoencoder import SCALING_FACTOR
 from .loop import half_precision, save_whole, train
 from .text import WIDTH
 
 CAPTION_DROP = 0.1
-PAIRS_SEEN = 3  # times as often as single things: small ones are learnt late
 MIN_SNR_GAMMA = 5.0  # Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, eq. 8
 SHARD = 1024  # scenes in a file of latents
 CHUNK = 16  # scenes encoded at once
@@ -83,7 +83,10 @@ def encode_shard(vae: AutoencoderKL, pictures: Pictures, seed: int, first: int, 
     """Latents of unit scale, fp16 [count, 4, 16, 16], and captions of the scenes from `first` of a stream."""
     latents, captions = [], []
     for start in range(first, first + count, CHUNK):
-        scenes = [pictures.scene(seed, index) for index in range(start, min(start + CHUNK, first + count))]
+        scenes = [  # two of three are of pairs, whose small things are learnt late
+            pictures.scene(seed, index, objects=1 if index % 3 == 0 else 2)
+            for index in range(start, min(start + CHUNK, first + count))
+        ]
         images = torch.stack([to_tensor(image) for image, _, _ in scenes]).contiguous(memory_format=torch.channels_last)
         with half_precision():
             latents.append(vae.encode(images).latent_dist.mean.float().mul(SCALING_FACTOR).half())
@@ -125,10 +128,8 @@ def loss_weight(ratio: Tensor) -> Tensor:
 
 
 def drawn_levels(schedule: NoiseSchedule, count: int) -> tuple[Tensor, Tensor]:
-    """Timesteps [count], three quarters of them in the noisy half, and their losses' weights [count, 1, 1, 1]."""
-    last = schedule.num_train_timesteps
-    lowest = torch.where(torch.rand(count) < 0.5, last // 2, 0)
-    t = lowest + (torch.rand(count) * (last - lowest)).long()
+    """Timesteps [count], evenly drawn, and their losses' weights [count, 1, 1, 1]."""
+    t = torch.randint(schedule.num_train_timesteps, (count,))
     return t, loss_weight(schedule.sigma(t) / schedule.alpha(t))[:, None, None, None]
 
 
@@ -201,15 +202,15 @@ def main() -> None:
     latents, captions = encode_scenes(vae, Pictures(), args.seed, args.shards, args.run_dir / "latents", SHARD)
     told = encode_captions(pipeline, [*captions, ""])
 
-    pairs = torch.tensor([len(parse_caption(caption).things) == 2 for caption in captions]).nonzero()[:, 0]
-    pool = torch.cat([torch.arange(len(latents)), *[pairs] * (PAIRS_SEEN - 1)])
+    process = PartialState(cpu=True)  # several under `accelerate launch`: each takes its share of a batch
 
     def data_from(first: int):
-        """Epoch e visits the pool in the order of the generator seeded with e."""
+        """Epoch e visits the scenes in the order of the generator seeded with e."""
         for step in range(first, args.steps):
-            epoch, position = divmod(step, len(pool) // args.batch_size)
-            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(epoch))
-            yield pool[order[position * args.batch_size : (position + 1) * args.batch_size]]
+            epoch, position = divmod(step, len(latents) // args.batch_size)
+            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
+            batch = order[position * args.batch_size : (position + 1) * args.batch_size]
+            yield batch[process.process_index :: process.num_processes]
 
     def loss_at(_: int, chosen: Tensor) -> Tensor:
         x_0 = latents[chosen].float()
@@ -235,10 +236,11 @@ def main() -> None:
         save_every=100,
         report_every=20,
     ):
-        if step % 500 == 0 or step == args.steps:
+        if process.is_main_process and (step % 500 == 0 or step == args.steps):
             draw_sheet(pipeline, args.seed + 1, args.guidance_scale, args.run_dir / f"sheet-{step:06d}.png")
 
-    save_pipeline(args.run_dir / "pipeline", vae, text_encoder, tokenizer, ema)
+    if process.is_main_process:
+        save_pipeline(args.run_dir / "pipeline", vae, text_encoder, tokenizer, ema)
 
 
 if __name__ == "__main__":
