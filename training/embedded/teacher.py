@@ -83,8 +83,8 @@ def encode_shard(vae: AutoencoderKL, pictures: Pictures, seed: int, first: int, 
     """Latents of unit scale, fp16 [count, 4, 16, 16], and captions of the scenes from `first` of a stream."""
     latents, captions = [], []
     for start in range(first, first + count, CHUNK):
-        scenes = [  # two of three are of pairs, whose small things are learnt late
-            pictures.scene(seed, index, objects=1 if index % 3 == 0 else 2)
+        scenes = [  # half are of pairs, whose small things are learnt late
+            pictures.scene(seed, index, objects=1 + index % 2)
             for index in range(start, min(start + CHUNK, first + count))
         ]
         images = torch.stack([to_tensor(image) for image, _, _ in scenes]).contiguous(memory_format=torch.channels_last)

@@ -2,10 +2,10 @@
 
 The set is of Microsoft's Fluent Emoji 3D (MIT), pictures of 256x256 px with transparency in assets/emoji, named by code
 points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. The caption names what must be seen;
-exact place, shades and the side that a large thing faces are nuisance; and all of it is a function of (seed, index).
-Things stand on a grid of GRID pixels, the side of a latent: moved by less, each would look different to an autoencoder
-of that factor, and all of them would have to be learnt. Of two, each stands on a grid twice as coarse, that of the
-latents once halved, so that a UNet of 8 M parameters learns them too.
+exact place and shades are nuisance; and all of it is a function of (seed, index).
+Things face one way and stand on a grid of GRID pixels, two latents. Moved by less than a latent, each would look
+different to an autoencoder of that factor; moved by one, to the UNet's own halvings: and all of them would have to be
+learnt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..files import shipped
 
 FOLDER = shipped("assets") / "emoji"
 IMAGE_SIZE = 128
-GRID = 8
+GRID = 16
 SINGLE, PAIR = 104, 56  # side of the square that an emoji fills, px: alone, and of two
 NAMES = dict(  # name in words -> code points
     line.split(" ", 1)[::-1] for line in (Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8").splitlines()
@@ -115,25 +115,24 @@ def draw_caption(
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with its geometry: centre and side in pixels, and whether it faces the other way."""
+    """A thing with its geometry: centre and side in pixels."""
 
     thing: str
     x: float
     y: float
     side: int
-    mirrored: bool = False
 
 
 def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
     """Positions that fulfil the caption: one near the middle; two either side of it along their relation."""
     if caption.relation is None:
-        left, top = GRID * rng.integers(0, (IMAGE_SIZE - SINGLE) // GRID + 1, 2)
-        return (Placed(caption.things[0], left + SINGLE / 2, top + SINGLE / 2, SINGLE, bool(rng.random() < 0.5)),)
+        left, top = GRID * rng.integers(0, 2, 2)
+        return (Placed(caption.things[0], left + SINGLE / 2, top + SINGLE / 2, SINGLE),)
     dx, dy = DIRECTIONS[caption.relation]
     placed = []
     for thing, sign in zip(caption.things, (1, -1), strict=True):
         along = (IMAGE_SIZE // 2) * (sign * (dx + dy) > 0)  # the right or the lower half, or the other
-        across = 2 * GRID * rng.integers(2, 4)
+        across = GRID * rng.integers(2, 4)
         left, top = (along, across) if dx else (across, along)
         placed.append(Placed(thing, left + PAIR / 2, top + PAIR / 2, PAIR))
     return tuple(placed)
@@ -194,7 +193,7 @@ class Pictures:
         """The picture, uint8 [128, 128, 3]; the background's shades come from `rng`."""
         image = _background(caption.background, rng)
         for item in placed:
-            painted = self.levels[item.thing, item.side][:, :: -1 if item.mirrored else 1]
+            painted = self.levels[item.thing, item.side]
             left, top = int(item.x - item.side / 2), int(item.y - item.side / 2)
             place = np.s_[top : top + item.side, left : left + item.side]
             image[place] = image[place] * (1 - painted[..., 3:]) + painted[..., :3]
