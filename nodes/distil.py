@@ -1,5 +1,6 @@
 """SPLAM Distil: the checkpoint on the canvas becomes a LoRA of two to four steps."""
 
+import functools
 from typing import Any
 
 import comfy.sd
@@ -12,7 +13,7 @@ from .catalogue import host_names
 from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
 from .distilling.host import NAME, HostUNet, Told
 from .distilling.pictures import to_tensor
-from .distilling.prompts import read_prompts
+from .distilling.prompts import prompt_file, read_prompts
 from .distilling.run import Run, Settings
 from .distilling.samples import Samples
 from .distilling.style import HOLDS, check_style, with_style
@@ -204,6 +205,13 @@ class SPLAMDistil(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, prompts: list[str | None], existing_lora: list[str | None], **_: Any) -> list[int]:
+        text, begun = prompts[0], existing_lora[0]  # None: by a link, of which the host does not tell the value
+        with host_names():
+            files = [prompt_file(text) if text else None, locate(begun) if begun and begun != NONE else None]
+        return [file.stat().st_mtime_ns for file in files if file is not None]
+
+    @classmethod
     @connected
     def execute(
         cls,
@@ -334,9 +342,13 @@ def _samples(
         with torch.no_grad():
             return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
+    @functools.cache  # of many pictures a prompt each, or of many latents one
+    def read(entry: int, size: tuple[int, ...]) -> Told:
+        one = entries[entry]
+        return host.told([one] if positive else encode(one), torch.zeros(1, *size))[0]
+
     def tell(number: int) -> Told:
-        one, like = entries[number % len(entries)], torch.zeros(1, *given[number].shape) if given else blank
-        return host.told([one] if positive else encode(one), like)[0]
+        return read(number % len(entries), tuple(given[number].shape) if given else shape)
 
     if clip is not None:
         nothing = host.nothing(host.told(encode(""), blank, torch.float32)[0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.utils
 import torch
@@ -12,7 +13,7 @@ from .announce import tell
 from .distilling.host import HostUNet
 from .distilling.judging import endpoint_error, teacher_ends
 from .distilling.pictures import sheet, student_latents, teacher_latents, to_images, to_tensor
-from .distilling.prompts import read_prompts
+from .distilling.prompts import prompt_file, read_prompts
 from .host import Clip, Conditioning, Model, Vae
 from .options import search_aliases
 from .sockets import connected
@@ -65,6 +66,11 @@ class SPLAMDistilReport(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, prompts: str | None, **_: Any) -> int:
+        file = prompt_file(prompts, NAME) if prompts else None
+        return 0 if file is None else file.stat().st_mtime_ns
 
     @classmethod
     @connected

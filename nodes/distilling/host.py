@@ -151,7 +151,9 @@ class HostUNet:
         try:
             for (module, name), parameter in zip(owners, before, strict=True):
                 if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(_usable(parameter), requires_grad=False)
+                    module._parameters[name] = made = torch.nn.Parameter(_usable(parameter), requires_grad=False)
+                    # ComfyUI 0.33 writes on a weight what it is to be cast to.
+                    vars(made).update({**vars(parameter), **vars(made)})
             for block in blocks:
                 block.forward = _again(block.forward)
             if training is not None:

@@ -16,12 +16,9 @@ def read_prompts(text: str, node: str = NAME) -> list[str]:
     found = _lines(text)
     if not found:
         return _lines(SHIPPED.read_text(encoding="utf-8"))
-    if len(found) > 1 or not found[0].lower().endswith(".txt"):
+    path = prompt_file(text, node)
+    if path is None:
         return found
-    home = Path(folder_paths.get_input_directory()).resolve()
-    path = (home / found[0]).resolve()
-    if not path.is_relative_to(home) or not path.is_file():
-        raise ValueError(f"{node}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
     try:
         prompts = _lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -29,6 +26,18 @@ def read_prompts(text: str, node: str = NAME) -> list[str]:
     if not prompts:
         raise ValueError(f"{node}: {found[0]} holds no prompts. Write one a line, or leave prompts empty for our list.")
     return prompts
+
+
+def prompt_file(text: str, node: str = NAME) -> Path | None:
+    """The file of input/ that the text names; None for prompts. Raises ValueError where there is no such file."""
+    found = _lines(text)
+    if len(found) != 1 or not found[0].lower().endswith(".txt"):
+        return None
+    home = Path(folder_paths.get_input_directory()).resolve()
+    path = (home / found[0]).resolve()
+    if not path.is_relative_to(home) or not path.is_file():
+        raise ValueError(f"{node}: there is no file {found[0]!r} in the folder input. Put it there, or write prompts.")
+    return path
 
 
 def _lines(text: str) -> list[str]:

@@ -344,6 +344,48 @@ def test_prompts_of_an_editor_that_begins_with_a_mark(server):
     assert losses(server) == expected
 
 
+def test_files_that_changed_under_their_names_are_read_again(server):
+    """By the same graph, in the same server."""
+    file, lora = server.folder / "input" / "edited.txt", server.folder / "models" / "loras" / "begun.safetensors"
+    file.write_text(PROMPTS[0])
+    lora.parent.mkdir(exist_ok=True)
+    graph = distil(prompts="edited.txt", steps=1, batch_size=1, seed=25, resolution=64)
+    del graph["curve"]
+    server.run(graph)
+    before = len(states(server))
+    server.run(graph)
+    assert len(states(server)) == before
+    file.write_text(PROMPTS[1])
+    server.run(graph)
+    assert len(states(server)) == before + 1
+    made = states(server)[-1].with_name(states(server)[-1].name.replace(".state", ""))
+    lora.write_bytes(made.read_bytes())
+    server.get("/object_info/SPLAMDistil")
+    graph["distil"]["inputs"]["existing_lora"] = lora.name
+    server.run(graph)
+    save_file({key: w + 0.01 if "lora_up" in key else w for key, w in load_file(lora).items()}, lora)
+    server.run(graph)
+    assert len(states(server)) == before + 3
+
+
+def test_a_prompt_is_read_once_for_all_its_pictures(server):
+    loud = {"loud": {"class_type": "TestLoudClip", "inputs": {"clip": ["model", 1]}}}
+    graph = distil(
+        clip=["loud", 0], prompts="\n".join(PROMPTS[:2]), pictures_per_prompt=8, steps=1, seed=27, resolution=64
+    )
+    del graph["curve"]
+    logged = server.listen()
+    server.run(graph | loud)
+    assert 1 < logged().count("TestLoudClip reads a prompt") <= 3  # and what guidance takes for none
+
+
+def test_what_the_host_wrote_on_its_weights_is_there_in_training(server):
+    notes = {"noted": {"class_type": "TestNotes", "inputs": {"model": ["model", 0]}}}
+    graph = distil(model=["noted", 0], steps=1, batch_size=1, seed=26, resolution=64)
+    del graph["curve"]
+    server.run(graph | notes)
+
+
 def test_a_lora_is_gone_on_from(made, server):
     name = sorted(file.name for file in (server.folder / "output" / "loras").glob("distilled_4*"))[-1]
     graph = distil(existing_lora=name, steps=2)

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import inspect
+import logging
 import os
 import sys
 import uuid
@@ -130,6 +131,50 @@ class TestChoice:
         return (name,)
 
 
+class TestNotes:
+    """What ComfyUI 0.33 writes on its weights, and by which it casts them, must be there whenever the UNet is asked."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        unet = model.model.diffusion_model
+        for parameter in unet.parameters():
+            parameter._model_dtype = parameter.dtype
+
+        def patch(hidden, transformer_options):
+            if not all(hasattr(parameter, "_model_dtype") for parameter in unet.parameters()):
+                raise RuntimeError("what the host wrote on its weights is gone")
+            return hidden
+
+        model = model.clone()
+        model.set_model_input_block_patch(patch)
+        return (model,)
+
+
+class TestLoudClip:
+    """A CLIP that says in the log when it reads a prompt."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CLIP",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}}
+
+    def run(self, clip):
+        encode, clip = clip.encode_from_tokens_scheduled, clip.clone()
+
+        def loud(*arguments, **options):
+            logging.info("TestLoudClip reads a prompt")
+            return encode(*arguments, **options)
+
+        clip.encode_from_tokens_scheduled = loud
+        return (clip,)
+
+
 class TestOutOfMemory:
     """A MODEL for whose second differentiated step the memory does not suffice."""
 
@@ -254,6 +299,8 @@ NODE_CLASS_MAPPINGS = {
     "TestChoice": TestChoice,
     "TestControlNet": TestControlNet,
     "TestFreshWeights": TestFreshWeights,
+    "TestLoudClip": TestLoudClip,
+    "TestNotes": TestNotes,
     "TestOutOfMemory": TestOutOfMemory,
     "TestTrimHeap": TestTrimHeap,
     "TestWrapper": TestWrapper,
