@@ -24,7 +24,7 @@ from splam_core.checkpoint import read_metadata
 from training.distill import distill
 from training.evaluate import evaluate
 from training.run.config import parse
-from training.scenes.shapes import draw_caption
+from training.scenes.emoji import draw_caption
 from training.scoring.request import Request
 
 STATE = ".state.safetensors"

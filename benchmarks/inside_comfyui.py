@@ -68,7 +68,7 @@ def sampling(comfyui: str, folder: str, model_name: str, size: str, repeats: str
     with torch.inference_mode():  # as ComfyUI runs its nodes
         model, clip, _ = pack("loader").SPLAMLoader.execute(model_name).result
         sampler = pack("sampler").SPLAMSampler
-        positive = nodes.CLIPTextEncode().encode(clip, "a large red star")[0]
+        positive = nodes.CLIPTextEncode().encode(clip, "a yellow star on a red background")[0]
         latent = {"samples": torch.zeros(1, 4, int(size), int(size))}
         comfy.model_management.load_models_gpu([model])
         unet, device = model.model.diffusion_model, model.load_device

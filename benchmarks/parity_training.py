@@ -34,7 +34,7 @@ from training.run.consistency import Consistency
 PARAMETRISATION = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 CONFIG = SCHEDULER | PARAMETRISATION
 NAME = "v-zero-snr"
-PROMPT, SEED, W, SIZE = "a large red star", 1234, 3.0, (4, 16, 16)
+PROMPT, SEED, W, SIZE = "a yellow star on a red background", 1234, 3.0, (4, 16, 16)
 TIMESTEPS = (999, 998, 759, 499, 259, 79)
 GAMMAS = (0.5, 0.25, 1.0, 0.75, 0.1, 0.0)
 RECIPES = {

@@ -2,10 +2,10 @@
 
     python dev.py python -m benchmarks.reach --json docs/results/reach.json [--only negative]
 
-Each prompt leaves the colour open ("a large star"). A picture is drawn without a negative prompt; the embedded judge
-names its colour; the same seed is drawn again with "a large red star", in that colour, as the negative prompt. Right
-are one object of the prompt's size and shape; and, with a negative prompt that has nothing to do with it, all of "a
-large red star".
+Each prompt leaves the background open ("a dog"). A picture is drawn without a negative prompt; the embedded judge names
+its background's colour; the same seed is drawn again with "a dog on a red background", in that colour, as the negative
+prompt. Right are pictures of the prompt's thing alone; and, with a negative prompt that has nothing to do with it, all
+of "a dog on a red background".
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from splam_core import Denoiser, few_step_timesteps, renoise_generator, sample
 from splam_core.nag import Nag, normalized_attention
 from training.models.load import load_pipeline
 from training.models.sampling import generate, guided_output
+from training.scenes.emoji import VOCABULARY, Caption, Placed
 from training.scenes.judge import shows
-from training.scenes.shapes import SHAPES, Caption, Placed, Thing
-from training.scoring.variety import OPEN_PROMPTS, OPEN_SIZE, embedded_judge, spread
+from training.scoring.variety import OPEN_PROMPTS, embedded_judge, spread
 
 from .parity import SHAPES as UNETS
 
-STEPS, SIZE = 4, OPEN_SIZE
+STEPS = 4
+UNRELATED = VOCABULARY[6::24]  # things that are none of OPEN_PROMPTS
 SETTINGS = [Nag(), Nag(3.0, alpha=0.5), Nag(5.0, alpha=0.5), Nag(8.0, alpha=0.5)]
 DEFAULT = Nag()  # that of the nodes, whose numbers stand without a name
 
@@ -82,11 +83,14 @@ def with_attention(unet: UNet2DConditionModel) -> Attention:
 
 @torch.no_grad()
 def negation(seeds: int, report: Callable[[str], None] = print) -> dict:
-    """Shares over the eight shapes and `seeds` pictures of each."""
+    """Shares over the eight prompts that leave the background open and `seeds` pictures of each.
+
+    The negative prompt is the same thing on a background of the colour that the judge saw without one.
+    """
     pipeline, judge = load_pipeline("embedded-student", torch.device("cpu")), embedded_judge()
     attention = with_attention(pipeline.unet)
 
-    def draw(prompts: list[str]) -> list[list[Placed]]:
+    def draw(prompts: list[str]) -> list[tuple[list[Placed], str]]:
         latents = generate(pipeline, prompts, list(range(len(prompts))), "splam", STEPS, 1.0, len(prompts))
         return judge.detect(pipeline.decode(latents).clamp(-1, 1).float())
 
@@ -94,29 +98,23 @@ def negation(seeds: int, report: Callable[[str], None] = print) -> dict:
         return pipeline.encode(prompts)["encoder_hidden_states"]
 
     kept: dict[Nag | None, list[tuple[bool, bool, bool]]] = {setting: [] for setting in (None, *SETTINGS)}
-    # A prompt that says all three attributes, and a negative one that has none of them.
-    stated = {shape: Thing(SIZE, "red", shape) for shape in SHAPES}
-    unrelated = {shape: Thing("small", "green", "moon" if shape == "cross" else "cross") for shape in SHAPES}
-    for shape in SHAPES:
-        prompts = [f"a {SIZE} {shape}"] * seeds
-        caption = Caption((stated[shape],))
+    for thing, unrelated in zip(OPEN_PROMPTS, UNRELATED, strict=True):
+        caption = Caption((thing,), background="red")  # a prompt that names all, and a negative one that has none of it
         attention.negative = None
-        plain = draw(prompts)
-        colours = [found[0].thing.colour if len(found) == 1 else None for found in plain]
+        plain = draw([thing] * seeds)
         for setting in kept:
             pictures, attention.negative = plain, None
             if setting is not None:
                 attention.nag = setting
-                attention.negative = embed([str(Thing(SIZE, colour or "red", shape)) for colour in colours])
-                pictures = draw(prompts)
-                attention.negative = embed([str(unrelated[shape])])
+                attention.negative = embed([str(Caption((thing,), background=ground)) for _, ground in plain])
+                pictures = draw([thing] * seeds)
+                attention.negative = embed([str(Caption((unrelated,), background="green"))])
             whole = draw([str(caption)] * seeds)
-            for colour, found, other in zip(colours, pictures, whole, strict=True):
-                if colour is not None:
-                    has = any(placed.thing.colour == colour for placed in found)
-                    right = len(found) == 1 and (found[0].thing.size, found[0].thing.shape) == (SIZE, shape)
-                    kept[setting].append((has, right, shows(other, caption)))
-        report(f"{shape}: {len(kept[None])} pictures")
+            for (before, ground), (found, now), other in zip(plain, pictures, whole, strict=True):
+                if len(before) == 1:
+                    right = [placed.thing for placed in found] == [thing]
+                    kept[setting].append((now == ground, right, shows(*other, caption)))
+        report(f"{thing}: {len(kept[None])} pictures")
 
     def shares(setting: Nag | None) -> dict:
         negated, right, whole = (sum(column) / len(column) for column in zip(*kept[setting], strict=True))
@@ -162,7 +160,7 @@ def cost(repeats: int) -> dict:
     The pairs are timed in turn, so that what else runs on the machine meets both.
     """
     pipeline = load_pipeline("embedded-student", torch.device("cpu"))
-    prompts = pipeline.encode(["a large star", "a large red star"])["encoder_hidden_states"]
+    prompts = pipeline.encode(["a dog", "a dog on a red background"])["encoder_hidden_states"]
 
     def call(unet, attention, negative, positive, x):
         attention.negative = negative
@@ -195,7 +193,7 @@ def cost(repeats: int) -> dict:
 
 def families(comfyui: Path, report: Callable[[str], None] = print) -> dict[str, float]:
     """Largest error of SPLAM Sampler's latents over their deviation: 1, 2, 4 and 8 steps, noise and v predictions."""
-    prompt, seed, shape, worst = "a large red star", 7, (1, 4, 16, 16), {}
+    prompt, seed, shape, worst = "a dog on a red background", 7, (1, 4, 16, 16), {}
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models" / "diffusers"
         for number, kind in enumerate(("epsilon", "v_prediction")):
@@ -226,8 +224,8 @@ def variety(seeds: int) -> dict[str, float]:
     and of the student after a first step by the teacher at w 3 (`teacher_first`).
 
     `spread` and `spread_features` are those of training/scoring/variety.py. `spread_colours`: the share of pairs of one
-    prompt's pictures in which the judge sees different colours; the prompts leave it open. `spread_accuracy`: pictures
-    with one object of the prompt's size and shape.
+    prompt's pictures in which the judge sees backgrounds of different colours; the prompts leave it open.
+    `spread_accuracy`: pictures of the prompt's thing alone.
     """
     teacher, student = (load_pipeline(f"embedded-{name}", torch.device("cpu")) for name in ("teacher", "student"))
 
@@ -261,11 +259,10 @@ def variety(seeds: int) -> dict[str, float]:
 
         apart = spread(pictures, OPEN_PROMPTS, range(seeds), judge)
         colours, right = [], []
-        for shape, some in zip(SHAPES, drawn, strict=True):
+        for thing, some in zip(OPEN_PROMPTS, drawn, strict=True):
             detected = judge.detect(some)
-            right += [[(one.thing.size, one.thing.shape) for one in placed] == [(SIZE, shape)] for placed in detected]
-            seen = [placed[0].thing.colour if placed else None for placed in detected]
-            differ = [a != b for a, b in combinations(seen, 2)]
+            right += [[one.thing for one in placed] == [thing] for placed, _ in detected]
+            differ = [one != other for (_, one), (_, other) in combinations(detected, 2)]
             colours.append(sum(differ) / len(differ))
         found |= {
             **{f"{key}_{name}": value for key, value in apart.items()},
@@ -278,7 +275,7 @@ def variety(seeds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go, beside those that are there")
-    parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight shapes")
+    parser.add_argument("--seeds", type=int, default=16, help="pictures of each of the eight prompts")
     parser.add_argument("--only", choices=("negative", "families", "variety"), help="one part of the numbers")
     options = parser.parse_args()
     if options.only in (None, "families") and not os.environ.get("COMFYUI_PATH"):

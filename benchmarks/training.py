@@ -36,7 +36,7 @@ from training.run.config import complete
 from training.run.consistency import plain_attention
 from training.run.distillation import Distillation
 from training.run.loop import train
-from training.scenes.shapes import scene
+from training.scenes.emoji import scene
 
 from .performance import paired_row, print_table, write_rows
 from .reproduction import Yardstick

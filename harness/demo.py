@@ -23,10 +23,10 @@ from .server import ROOT, ComfyServer, ServerError, exit_on_sigterm, to_api
 WORKFLOW = ROOT / "workflows" / "splam_txt2img.json"
 SEED = 7
 PROMPTS = (
-    "a large red star above a small blue ring",
-    "a small green heart",
-    "a large yellow moon to the left of a small purple cross",
-    "a large pink circle below a large cyan square",
+    "a panda on a purple background",
+    "a slice of pizza to the left of a red apple",
+    "a face with sunglasses",
+    "a woman cook with dark skin on a yellow background",
 )
 # Heading -> the graph of a prompt.
 COLUMNS = (

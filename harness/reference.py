@@ -23,6 +23,8 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from training.models.teachers import EMBEDDED
+
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -58,38 +60,11 @@ def write_pipeline(
     text encoder in fp16 loses nothing.
     """
     torch.manual_seed(seed)
-    options = {
-        "sample_size": 16,
-        "block_out_channels": (64, 128, 128),
-        "layers_per_block": 1,
-        "cross_attention_dim": 64,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "time_cond_proj_dim": 256 if cond_proj else None,
-    }
-    _save(UNet2DConditionModel(**(options | unet)), folder / "unet")
-    autoencoder = AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=128,
-        scaling_factor=scaling_factor,
-    )
-    _save(autoencoder, folder / "vae")
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-    )
-    _save(CLIPTextModel(text), folder / "text_encoder")
+    shapes = UNet2DConditionModel.load_config(EMBEDDED / "unet") | {"time_cond_proj_dim": 256 if cond_proj else None}
+    _save(UNet2DConditionModel.from_config(shapes | unet), folder / "unet")
+    autoencoder = AutoencoderKL.load_config(EMBEDDED / "vae") | {"scaling_factor": scaling_factor}
+    _save(AutoencoderKL.from_config(autoencoder), folder / "vae")
+    _save(CLIPTextModel(CLIPTextConfig.from_pretrained(EMBEDDED / "text_encoder")), folder / "text_encoder")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(SCHEDULER | {"prediction_type": prediction_type} | (scheduler or {}))

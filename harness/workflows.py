@@ -23,7 +23,7 @@ from .server import ROOT, ComfyServer, ServerError, exit_on_sigterm
 
 FOLDER = ROOT / "workflows"
 SIDE = 384  # pixels of a square thumbnail
-RING, MOON = "a large red star above a small blue ring", "a large red star above a large yellow moon"
+PANDA, STAR = "a panda on a purple background", "a yellow star above a doughnut"
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,18 @@ class Embedded:
 
 
 EMBEDDED = {
-    "splam_txt2img": Embedded({"Result": RING}, ("Result",)),
+    "splam_txt2img": Embedded({"Result": PANDA}, ("Result",)),
     "splam_img2img": Embedded(
-        {"Input picture": RING, "Result": "a large yellow heart above a small blue circle"}, ("Result", "Input picture")
+        {"Input picture": PANDA, "Result": "a koala on a purple background"}, ("Result", "Input picture")
     ),
-    "splam_inpaint": Embedded({"Input picture": RING, "Result": MOON}, ("Result", "Input picture")),
-    "splam_hires_fix": Embedded({"First pass": RING, "Result": RING}, ("Result", "First pass")),
-    "splam_sampler_custom_advanced": Embedded({"Result": RING}, ("Result",)),
-    "splam_steps_comparison": Embedded({"4 steps": RING, "8 steps": RING}, ("1 step", "2 steps", "4 steps", "8 steps")),
-    "splam_negative_prompt": Embedded({"Without it": "a large orange star"}, ("Result", "Without it")),
-    "splam_vs_lcm": Embedded({"SPLAM": RING}, ("SPLAM", "LCM, ComfyUI's way"), halves=True),
+    "splam_inpaint": Embedded(
+        {"Input picture": STAR, "Result": "a yellow star above a crescent moon"}, ("Result", "Input picture")
+    ),
+    "splam_hires_fix": Embedded({"First pass": PANDA, "Result": PANDA}, ("Result", "First pass")),
+    "splam_sampler_custom_advanced": Embedded({"Result": STAR}, ("Result",)),
+    "splam_steps_comparison": Embedded({"4 steps": STAR, "8 steps": STAR}, ("1 step", "2 steps", "4 steps", "8 steps")),
+    "splam_negative_prompt": Embedded({"Without it": "a yellow star on a red background"}, ("Result", "Without it")),
+    "splam_vs_lcm": Embedded({"SPLAM": STAR}, ("SPLAM", "LCM, ComfyUI's way"), halves=True),
 }
 
 

@@ -4,7 +4,8 @@ What the host recognises it loads itself; the rest, which it refuses, differs fr
 with (widths.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_detection
@@ -18,6 +19,7 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.diffusionmodules.model import Normalize
 
 from ..splam_core.checkpoint import StateDict
 from .host import Clip, ClipTarget, Model, ModelConfig, Vae
@@ -100,14 +102,21 @@ def build_clip(encoders: list[StateDict], configs: Mapping[str, Config], **loadi
 
 def build_vae(weights: StateDict, configs: Mapping[str, Config]) -> Vae:
     """The autoencoder as a VAE."""
-    vae = comfy.sd.VAE(sd=dict(weights), config={"params": autoencoder_options(weights)})
+    with _groups(configs.get("vae", {}).get("norm_num_groups", 32)):  # no shape tells their number
+        vae = comfy.sd.VAE(sd=dict(weights), config={"params": autoencoder_options(weights)})
     check_keys(vae.first_stage_model, weights, "VAE")
-    # The host's class has 32 groups whatever the width; no shape tells their number.
-    groups = configs.get("vae", {}).get("norm_num_groups", 32)
-    for module in vae.first_stage_model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.num_groups = groups
     return vae
+
+
+@contextmanager
+def _groups(count: int) -> Iterator[None]:
+    """The host's autoencoder has norms of 32 groups whatever the width, and no option for their number: a default."""
+    own = Normalize.__defaults__
+    Normalize.__defaults__ = (count,)
+    try:
+        yield
+    finally:
+        Normalize.__defaults__ = own
 
 
 def check_keys(module: torch.nn.Module, weights: StateDict, what: str, missing_only: bool = False) -> None:

@@ -1,6 +1,6 @@
 """A few-step model in diffusers, drawn as SPLAM Sampler draws it in ComfyUI: the same picture for the same seed.
 
-python snippets/diffusers_pipeline.py "a large red star above a small blue ring" picture.png
+python snippets/diffusers_pipeline.py "a yellow star above a doughnut" picture.png
 python snippets/diffusers_pipeline.py "a cat in the snow" picture.png --model path/to/pipeline --size 512
 """
 

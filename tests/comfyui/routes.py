@@ -1,6 +1,6 @@
 """One request in the graphs of all routes on which a MODEL can be sampled with SPLAM's sampler and schedule."""
 
-PROMPT, OTHER, SEED, STEPS = "a large red star above a small blue ring", "a small green square", 41, 3
+PROMPT, OTHER, SEED, STEPS = "a yellow star above a doughnut", "a wrapped gift on a green background", 41, 3
 ROUTES = ["splam", "ksampler", "custom", "advanced"]
 
 

@@ -17,7 +17,7 @@ from harness.reference import node_noises, relative_error
 from harness.server import ServerError
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED = "a large red star above a small blue ring", 51
+PROMPT, SEED = "a yellow star above a doughnut", 51
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 

@@ -15,7 +15,7 @@ from harness.server import ROOT, to_api
 from harness.workflows import EMBEDDED, names, read
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
-PROMPT = "a large green star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 LOADERS = {"SPLAMLoader", "SPLAMLoraLoader", "CheckpointLoaderSimple", "ControlNetLoader"}
 
 
@@ -143,7 +143,7 @@ def test_distilling_shows_the_student_as_it_learns(page):
         const seen = event => previews.add((event.detail.blob ?? event.detail).size);
         app.api.addEventListener("b_preview", seen); app.api.addEventListener("b_preview_with_metadata", seen);""",
         node["id"],
-        values | {"prompts": "a large red ring\na small blue star"},
+        values | {"prompts": "a doughnut on a red background\na yellow star on a blue background"},
     )
     page.run()
     assert page.driver.execute_script("return previews.size") >= 3

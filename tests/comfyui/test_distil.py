@@ -16,11 +16,11 @@ from splam_core.checkpoint import load_file, read_metadata
 pytestmark = pytest.mark.comfyui
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = (
-    "a large red star above a small blue ring",
-    "a small green square left of a large yellow circle",
-    "a large blue triangle above a small red heart",
-    "a small yellow ring right of a large green star",
-    "a large red circle left of a small blue square",
+    "a yellow star above a doughnut",
+    "a wrapped gift to the left of a soccer ball",
+    "a slice of pizza above a red heart",
+    "a doughnut to the right of a yellow star",
+    "a soccer ball to the left of a wrapped gift",
 )
 SETTINGS = {"prompts": "\n".join(PROMPTS), "seed": 3}
 LOADER = {"model": {"class_type": "SPLAMLoader", "inputs": {"model_name": "embedded-teacher"}}}

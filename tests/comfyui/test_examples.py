@@ -14,7 +14,7 @@ from harness.server import ROOT
 from snippets.diffusers_pipeline import embedded, latents
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 
 
 def test_a_diffusers_pipeline_draws_the_same_latents(server):

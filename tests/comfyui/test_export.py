@@ -18,7 +18,7 @@ from training.export import export, parser
 from training.run.config import parse
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED = "a large red star above a small blue ring", 1234
+PROMPT, SEED = "a yellow star above a doughnut", 1234
 
 
 def converted(source, to, output, *more):

@@ -24,7 +24,7 @@ from harness.reference import (
 from harness.server import ROOT, ServerError
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED = "a large red star above a small blue ring", 1234
+PROMPT, SEED = "a yellow star above a doughnut", 1234
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from harness.server import ROOT, ComfyServer
 pytestmark = pytest.mark.comfyui
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es")
 ODD_NAME = "SPLAM (copy) ünïcode 亚路径 #1"
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 
 # Loads the pack as ComfyUI does, into a process that has ComfyUI's own modules, and says what is new.
 PROBE = """

@@ -35,7 +35,7 @@ COSTLY = ("SPLAMDistil", "SPLAMDistilReport")
 ODD = 3  # inputs of a node of ours that are at, near or beyond an edge, or junk, on average
 ENOUGH = 10  # seconds after which a person cancels
 PATIENCE = 600  # seconds after which a prompt that was cancelled counts as a hang
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 
 
 def inputs_of(info):
@@ -57,7 +57,7 @@ def edges(kind, settings, rng):
         step = settings.get("step") or (1 if kind == "INT" else 0.01)
         near = [usual, low, high] + [end + sign * step for end in (low, high) if end is not None for sign in (-1, 1)]
         return rng.choice([one for one in near if one is not None] or [0])
-    return usual or "a red star"  # no prompt at all would be the 4250 of the pack
+    return usual or "a yellow star on a red background"  # no prompt at all would be the 4250 of the pack
 
 
 def hostile_graph(info, models, loras, seed):
@@ -117,7 +117,11 @@ def usual(name, kind, settings, rng):
     if kind == "COMBO":
         return rng.choice(settings.get("options") or ["none"])
     default = settings.get("default")
-    return {"INT": 1, "FLOAT": 1.0, "STRING": "a red star", "BOOLEAN": True}[kind] if default in (None, "") else default
+    return (
+        {"INT": 1, "FLOAT": 1.0, "STRING": "a yellow star on a red background", "BOOLEAN": True}[kind]
+        if default in (None, "")
+        else default
+    )
 
 
 def answer(server, graph):

@@ -20,7 +20,7 @@ from splam_core.checkpoint import UNET_PREFIX, diffusers_to_ldm
 from splam_core.text_encoders import text_encoders_to_ldm
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 SEED = 11
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -249,7 +249,13 @@ def test_stable_diffusion_xl_shape(xl, sample):
 
 def test_distilling_the_xl_shape(xl, server):
     """Pooled text and sizes reach the UNet in training, and the LoRA has a place in it."""
-    graph = distil(xl[0], prompts="a red ring\na blue star", steps=2, vae=None, gradient_checkpointing=True)
+    graph = distil(
+        xl[0],
+        prompts="a doughnut on a red background\na yellow star on a blue background",
+        steps=2,
+        vae=None,
+        gradient_checkpointing=True,
+    )
     graph |= {"text": {"class_type": "CLIPTextEncode", "inputs": {"text": "x", "clip": ["model", 1]}}}
     logged = server.listen()
     server.run(graph)

@@ -19,7 +19,7 @@ from harness.server import ServerError
 from splam_core import authors_embedding, fold
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED, RANK, ALPHA = "a large red star above a small blue ring", 21, 4, 6
+PROMPT, SEED, RANK, ALPHA = "a yellow star above a doughnut", 21, 4, 6
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in"]
 EMBEDDINGS = ["time_emb_proj", "time_embedding.linear_1"]

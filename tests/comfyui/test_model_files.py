@@ -17,7 +17,7 @@ from splam_core.quantization import dequantized
 from splam_core.text_encoders import text_encoders_to_ldm
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED = "a large red star above a small blue ring", 31
+PROMPT, SEED = "a yellow star above a doughnut", 31
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 E4M3 = torch.float8_e4m3fn
 V = {"prediction_type": "v_prediction"}

@@ -15,7 +15,7 @@ from splam_core import Denoiser, NoiseSchedule, authors_embedding, few_step_time
 from splam_core import sample as core_sample
 
 pytestmark = pytest.mark.comfyui
-PROMPT, SEED = "a large red star above a small blue ring", 31
+PROMPT, SEED = "a yellow star above a doughnut", 31
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_the_model_that_came_in_stays_as_it_was(run):
 
 
 def test_two_negative_prompts_are_averaged(expected, run):
-    third = "a large yellow heart"
+    third = "a red heart on a yellow background"
     extra = {
         "third": node("CLIPTextEncode", text=third, clip=["model", 1]),
         "both": node("ConditioningCombine", conditioning_1=["other", 0], conditioning_2=["third", 0]),

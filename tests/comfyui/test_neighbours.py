@@ -12,7 +12,7 @@ from harness.graphs import save_latent, stock, text_to_image
 from harness.server import ROOT, ComfyServer
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 
 # What packs do that change samplers, schedulers, the sampling function or the UNet's forward for everybody.
 NEIGHBOUR = """

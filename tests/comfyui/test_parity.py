@@ -21,7 +21,7 @@ from harness.reference import node_noises, relative_error
 from harness.server import ROOT
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 SEED = 1234
 
 

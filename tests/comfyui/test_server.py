@@ -14,7 +14,7 @@ from harness.server import ROOT, ServerError, to_api
 from splam_core.checkpoint import diffusers_to_ldm, save_file
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 WORKFLOW = json.loads((ROOT / "workflows" / "splam_txt2img.json").read_text(encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ from harness.reliability import note
 from harness.server import ComfyServer, ServerError
 
 pytestmark = pytest.mark.comfyui
-PROMPT = "a large red star above a small blue ring"
+PROMPT = "a yellow star above a doughnut"
 MODELS = ("diffusers/plain", "diffusers/gamma", "diffusers/v", "embedded-student")
 CONTROL_EVERY = 25
 PROMPTS = int(os.environ.get("SOAK_PROMPTS", 500))

@@ -15,8 +15,8 @@ from PIL import Image
 from harness.server import PACK, ROOT, to_api
 from harness.workflows import EMBEDDED, FOLDER, names, node_titled, read
 from splam_core.checkpoint import diffusers_to_ldm, load_file, save_file
+from training.scenes.emoji import parse_caption
 from training.scenes.judge import load_judge
-from training.scenes.shapes import parse_caption
 
 pytestmark = pytest.mark.comfyui
 NOTES = ("Note", "MarkdownNote")
@@ -245,11 +245,11 @@ def test_custom_sampling_is_the_sampler_node(results, server, object_info):
     assert custom.tobytes() == expected.tobytes()
 
 
-def test_the_negative_prompt_takes_its_colour_away(results, judge):
+def test_the_negative_prompt_takes_its_background_away(results, judge):
     workflow, found = read("splam_negative_prompt"), results("splam_negative_prompt")
     (image,) = found[str(node_titled(workflow, "Result")["id"])]
-    ((placed,),) = judge.detect((torch.from_numpy(pixels(image)) / 127.5 - 1).permute(2, 0, 1)[None])
-    assert (placed.thing.size, placed.thing.shape) == ("large", "star") and placed.thing.colour != "orange"
+    (((placed,), background),) = judge.detect((torch.from_numpy(pixels(image)) / 127.5 - 1).permute(2, 0, 1)[None])
+    assert placed.thing == "a yellow star" and background != "red"
 
 
 def test_steps_comparison_is_one_strip_in_order(results):
@@ -342,9 +342,18 @@ def test_distilling_workflows_run_when_cut_short(name, server, object_info):
     for node in graph.values():
         if node["class_type"] == "SPLAMDistil":
             node["inputs"] |= {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "resolution": 128, "rank": 4}
-            node["inputs"] |= {"pictures_per_prompt": 1, "preview_every": 0, "prompts": "a red ring\na blue star"}
+            node["inputs"] |= {
+                "pictures_per_prompt": 1,
+                "preview_every": 0,
+                "prompts": "a doughnut on a red background\na yellow star on a blue background",
+            }
         if node["class_type"] == "SPLAMDistilReport":
-            node["inputs"] |= {"rows": 1, "resolution": 128, "teacher_steps": 4, "prompts": "a red ring"}
+            node["inputs"] |= {
+                "rows": 1,
+                "resolution": 128,
+                "teacher_steps": 4,
+                "prompts": "a doughnut on a red background",
+            }
     (image,) = pictures(server, graph)[str(node_titled(read(name), "Result")["id"])]
     assert pixels(image).std() > 1
 

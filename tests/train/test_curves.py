@@ -111,7 +111,10 @@ def test_no_delta_below_the_skip(samples):
 
 @torch.no_grad()
 def test_the_teachers_path_from_pure_noise_is_the_ddim_samplers(tiny_pipeline):
-    pipeline, prompts = load_pipeline(tiny_pipeline), ["a small red ring", "a large blue star"]
+    pipeline, prompts = (
+        load_pipeline(tiny_pipeline),
+        ["a doughnut on a red background", "a yellow star on a blue background"],
+    )
     noise = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
     path = teacher_function(pipeline, pipeline.encode(prompts), pipeline.unconditional(), 3.0)
     # Latents such that x_999 is the noise itself.
@@ -126,7 +129,10 @@ def test_the_teachers_path_from_pure_noise_is_the_ddim_samplers(tiny_pipeline):
 def test_a_student_is_told_its_guidance(tiny_pipeline):
     pipeline = load_pipeline(tiny_pipeline)
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([999, 259])
-    conditioning, negative = pipeline.encode(["a small red ring", "a large blue star"]), pipeline.unconditional()
+    conditioning, negative = (
+        pipeline.encode(["a doughnut on a red background", "a yellow star on a blue background"]),
+        pipeline.unconditional(),
+    )
     plain, guided = (student_function(pipeline, conditioning, negative, w)(x, t) for w in (1.0, 3.0))
     blank = student_function(pipeline, {k: v.expand(2, -1, -1) for k, v in negative.items()}, negative)(x, t)
     assert torch.allclose(guided, 3 * plain - 2 * blank, rtol=1e-3, atol=1e-3 * plain.std())

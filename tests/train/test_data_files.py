@@ -153,14 +153,11 @@ def test_a_byte_order_mark_is_no_part_of_captions_prompts_and_tables(tmp_path):
 
 def test_prompts_and_captions_of_runs_and_scores_are_read_alike(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa small red circle\r\na large\x85blue star\r\n".encode())
+    file.write_bytes("\ufeffa doughnut\r\na yellow\x85star\r\n".encode())
     config = parse(["--teacher", "t", "--output-dir", "o", "--sample-prompts", str(file)])
-    assert [line.split() for line in sample_prompts(config)] == [
-        ["a", "small", "red", "circle"],
-        ["a", "large", "blue", "star"],
-    ]
-    assert read_captions(file) == ["a small red circle", "a large blue star"]
-    assert [str(caption) for caption in read_scene_captions(file)] == ["a small red circle", "a large blue star"]
+    assert [line.split() for line in sample_prompts(config)] == [["a", "doughnut"], ["a", "yellow", "star"]]
+    assert read_captions(file) == ["a doughnut", "a yellow star"]
+    assert [str(caption) for caption in read_scene_captions(file)] == ["a doughnut", "a yellow star"]
     (tmp_path / "captions.json").write_text('["a fox"]', encoding="utf-8-sig")
     assert read_captions(tmp_path / "captions.json") == ["a fox"]
 

@@ -107,7 +107,7 @@ def test_a_run_stays_on_its_device_and_a_step_waits_twice(device, tmp_path, tiny
 def test_a_sheet_stays_on_the_device(device, tmp_path, tiny_pipeline, monkeypatch):
     pipeline, _ = device
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\n")
+    prompts.write_text("a doughnut on a red background\n")
     config = parse([
         "--teacher", str(tiny_pipeline), "--output-dir", str(tmp_path), "--mixed-precision", "no", "--lora",
         "--lora-rank", "4", "--sample-prompts", str(prompts), "--release-decay", "0",
@@ -120,7 +120,7 @@ def test_a_sheet_stays_on_the_device(device, tmp_path, tiny_pipeline, monkeypatc
 
 @pytest.mark.parametrize("sampler", ["splam", "ddim"])  # diffusers' own look for values
 def test_samplers_stay_on_the_device(device, sampler):
-    assert generate(device[0], ["a red ring"], [0], sampler, 2, 3.0).device.type == "cpu"
+    assert generate(device[0], ["a doughnut on a red background"], [0], sampler, 2, 3.0).device.type == "cpu"
 
 
 def test_the_rules_see_what_breaks_them():

@@ -45,7 +45,11 @@ def losses(folder):
 def test_the_untrained_student_is_the_teacher_to_the_bit(tiny_pipeline, conditioning):
     pipeline = load_pipeline(tiny_pipeline)
     student = make_student(pipeline.unet, conditioning).eval()
-    x, t, embeds = torch.randn(2, 4, 16, 16), torch.tensor([999, 19]), pipeline.encode(["a small red ring", ""])
+    x, t, embeds = (
+        torch.randn(2, 4, 16, 16),
+        torch.tensor([999, 19]),
+        pipeline.encode(["a doughnut on a red background", ""]),
+    )
     phi = torch.zeros(2, 256) if conditioning == "embedding" else None
     with torch.no_grad():
         told = student(x, t, **embeds, timestep_cond=phi).sample
@@ -96,7 +100,7 @@ def test_every_method_ends_in_a_folder_and_a_single_file(small, tiny_pipeline, t
         converted = {"unet": unet, "vae": vae, "text_encoder": text_encoder}[part]
         assert saved.keys() == converted.keys() and all(torch.equal(saved[key], converted[key]) for key in saved)
     pipeline = load_pipeline(out)
-    assert generate(pipeline, ["a small red ring"], [1], steps=2).isfinite().all()
+    assert generate(pipeline, ["a doughnut on a red background"], [1], steps=2).isfinite().all()
     assert str(tiny_pipeline) not in (out / "pipeline" / "unet" / "config.json").read_text()
     before = load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     assert before.keys() == unet.keys() and any(not torch.equal(before[key], unet[key]) for key in before)
@@ -226,7 +230,7 @@ def test_sdxl_is_distilled(small, tiny_xl, tmp_path, more):
     assert all(0 < loss < 100 for loss in losses(tmp_path))
     pipeline = load_pipeline(tmp_path)
     assert pipeline.family == "sdxl"
-    assert generate(pipeline, ["a small red ring"], [1], steps=2).isfinite().all()
+    assert generate(pipeline, ["a doughnut on a red background"], [1], steps=2).isfinite().all()
 
 
 def test_accumulated_batches_are_one_large_batch(small, tiny_pipeline, tmp_path):
@@ -319,7 +323,7 @@ def test_gamma_is_embedded_from_frequencies_made_once(tiny_pipeline, monkeypatch
     pipeline = load_pipeline(tiny_pipeline)
     networks = FullNetworks(pipeline, config)
     x, t, gamma = torch.randn(2, 4, 16, 16), torch.tensor([999, 19]), torch.tensor([0.25, 1.0])
-    conditioning = pipeline.encode(["a small red ring", ""])
+    conditioning = pipeline.encode(["a doughnut on a red background", ""])
     with torch.no_grad():
         networks.student.time_embedding.cond_proj.weight.normal_()
         phi = gamma_embedding(gamma, 256, config.gamma_bandwidth)

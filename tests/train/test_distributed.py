@@ -154,7 +154,7 @@ def sharded(command_line, tiny_pipeline, tmp_path_factory):
     """A run of 12 steps in two processes' shards, with all that is shown: its folder."""
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "holdings.py").write_text(HOLDINGS)
-    (folder / "prompts.txt").write_text("a red circle\n")  # one: a sheet takes many steps
+    (folder / "prompts.txt").write_text("a soccer ball on a red background\n")  # one: a sheet takes many steps
     out, more = folder / "out", (*SHOWN, "--sample-prompts", str(folder / "prompts.txt"))
     launch(command_line(tiny_pipeline, out, 12, more=more), 2, folder / "holdings.py", FSDP)
     return out

@@ -20,7 +20,7 @@ from training.evaluate import evaluate, main
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.pictures import to_tensor
-from training.scenes.shapes import scene
+from training.scenes.emoji import scene
 from training.scoring import perceptual, report
 from training.scoring.drawing import draw, load_model, settings
 from training.scoring.embedded_scores import EmbeddedScores, drawn_captions, rendered
@@ -49,7 +49,11 @@ def command(*arguments):
 @torch.no_grad()
 def test_a_picture_is_its_prompts_and_seeds_and_not_its_batchs(tiny_pipeline):
     pipeline = load_pipeline(tiny_pipeline)
-    prompts = ["a small red ring", "a large blue star", "a small green heart"]
+    prompts = [
+        "a doughnut on a red background",
+        "a yellow star on a blue background",
+        "a red heart on a green background",
+    ]
     together = generate(pipeline, prompts, [3, 4, 5], steps=3)
     alone = generate(pipeline, prompts[1:2], [4], steps=3)
     assert (together[1:2] - alone).abs().max() < 1e-4
@@ -59,10 +63,10 @@ def test_a_picture_is_its_prompts_and_seeds_and_not_its_batchs(tiny_pipeline):
 @torch.no_grad()
 def test_splam_is_diffusers_lcm_scheduler(tiny_pipeline):
     pipeline = load_pipeline(tiny_pipeline)
-    ours = generate(pipeline, ["a small red ring"], [7], steps=4)
+    ours = generate(pipeline, ["a doughnut on a red background"], [7], steps=4)
     scheduler = LCMScheduler.from_config(DDIMScheduler.from_pretrained(tiny_pipeline, subfolder="scheduler").config)
     scheduler.set_timesteps(4)
-    embeds, again = pipeline.encode(["a small red ring"]), renoise_generator(7)
+    embeds, again = pipeline.encode(["a doughnut on a red background"]), renoise_generator(7)
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     for t in scheduler.timesteps:
         x = scheduler.step(pipeline.unet(x, t, **embeds).sample, t, x, generator=again).prev_sample
@@ -73,10 +77,10 @@ def test_splam_is_diffusers_lcm_scheduler(tiny_pipeline):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_ddim_is_diffusers(tiny_pipeline, guidance_scale):
     pipeline = load_pipeline(tiny_pipeline)
-    ours = generate(pipeline, ["a small red ring"], [7], "ddim", 10, guidance_scale)
+    ours = generate(pipeline, ["a doughnut on a red background"], [7], "ddim", 10, guidance_scale)
     scheduler = DDIMScheduler.from_pretrained(tiny_pipeline, subfolder="scheduler")
     scheduler.set_timesteps(10)
-    embeds, nothing = pipeline.encode(["a small red ring"]), pipeline.encode([""])
+    embeds, nothing = pipeline.encode(["a doughnut on a red background"]), pipeline.encode([""])
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     for t in scheduler.timesteps:
         cond, uncond = pipeline.unet(x, t, **embeds).sample, pipeline.unet(x, t, **nothing).sample
@@ -94,7 +98,7 @@ def test_ddim_is_diffusers(tiny_pipeline, guidance_scale):
 )
 def test_fast_solvers_are_diffusers(tiny_pipeline, sampler, scheduler):
     pipeline = load_pipeline(tiny_pipeline)
-    prompts = ["a small red ring", "a large blue star"]
+    prompts = ["a doughnut on a red background", "a yellow star on a blue background"]
     ours = generate(pipeline, prompts, [7, 8], sampler, 6, 3.0, batch_size=1)
     scheduler = scheduler(DDIMScheduler.from_pretrained(tiny_pipeline, subfolder="scheduler").config)
     for index, prompt in enumerate(prompts):
@@ -109,7 +113,7 @@ def test_fast_solvers_are_diffusers(tiny_pipeline, sampler, scheduler):
 
 def test_lcm_by_diffusers_is_the_few_step_sampler(tiny_pipeline):
     pipeline = load_pipeline(tiny_pipeline)
-    arguments = (["a small red ring", "a large blue star"], [7, 8])
+    arguments = (["a doughnut on a red background", "a yellow star on a blue background"], [7, 8])
     splam, lcm = generate(pipeline, *arguments, "splam", 3), generate(pipeline, *arguments, "lcm", 3)
     assert (splam - lcm).abs().max() / splam.std() < 1e-4
 
@@ -345,7 +349,7 @@ def test_scores_of_renders_and_of_what_is_none(scores):
 
 def test_the_command_scores_the_shipped_student(tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a large red star\n\na small blue ring to the left of a large green heart\n", encoding="utf-8")
+    prompts.write_text("a yellow star on a red background\n\na doughnut to the left of a red heart\n", encoding="utf-8")
     result = command(
         "--model", "embedded-student", "--sampler", "splam", "--steps", 2, "--num-images", 6, "--seed", 3,
         "--prompts", prompts, "--output-dir", tmp_path / "pictures", "--json", tmp_path / "scores.json",

@@ -278,7 +278,7 @@ def test_settings_come_from_a_file_and_from_the_teacher(tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_validation_and_sheets_go_on_and_choose_nothing(small, tiny_pipeline, tmp_path, mode):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a small red ring\n")
+    prompts.write_text("a doughnut on a red background\n")
     more = ("--finish-steps", 1, "--sample-every", 9, "--validation-samples", 4, "--sample-prompts", prompts)
     small(tiny_pipeline, tmp_path / "run", 1, *FINISH, *MODES[mode], *more, "--skip", 500, "--solver-skip", 500)
     run = tmp_path / "run"

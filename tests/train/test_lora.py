@@ -33,7 +33,7 @@ def networks_of(folder, *more):
 
 def output(unet, pipeline, gamma=None):
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    conditioning = pipeline.encode(["a small red ring", ""])
+    conditioning = pipeline.encode(["a doughnut on a red background", ""])
     return unet(x, torch.tensor([999, 19]), **conditioning, timestep_cond=gamma).sample
 
 
@@ -75,7 +75,7 @@ def test_names_of_layers_may_have_spaces_and_must_be_there(tiny_pipeline):
 
 @torch.no_grad()
 def test_the_pipelines_pictures_are_the_teachers(tiny_pipeline):
-    prompts, seeds = ["a small red ring"], [1]
+    prompts, seeds = ["a doughnut on a red background"], [1]
     expected = generate(load_pipeline(tiny_pipeline), prompts, seeds, "ddim", 4, 3.0)
     for kind, more in ((FullNetworks, []), (LoraNetworks, ["--lora", "--lora-rank", "4"])):
         pipeline = load_pipeline(tiny_pipeline)
@@ -130,12 +130,12 @@ def test_the_exported_lora_is_the_target(small, tiny_pipeline, tmp_path):
     assert metadata["ss_network_dim"] == "4" and metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert all(weight == 2 for key, weight in lora.items() if key.endswith(".alpha"))
     student, teacher = load_pipeline(tmp_path), load_pipeline(tiny_pipeline)
-    merged = generate(student, ["a small red ring"], [1], steps=2)
-    assert (merged - generate(teacher, ["a small red ring"], [1], steps=2)).abs().max() > 1e-3
+    merged = generate(student, ["a doughnut on a red background"], [1], steps=2)
+    assert (merged - generate(teacher, ["a doughnut on a red background"], [1], steps=2)).abs().max() > 1e-3
     host = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     host.load_lora_weights(str(tmp_path), weight_name=file.name)
     teacher.unet = host.unet
-    assert (generate(teacher, ["a small red ring"], [1], steps=2) - merged).abs().max() < 1e-4
+    assert (generate(teacher, ["a doughnut on a red background"], [1], steps=2) - merged).abs().max() < 1e-4
 
 
 def test_a_lora_run_resumes_to_the_bit(small, tiny_pipeline, tmp_path):

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    file.write_text("".join(f"a small red ring number {n}\n" for n in range(30)))
+    file.write_text("".join(f"a doughnut on a red background number {n}\n" for n in range(30)))
     return file
 
 
@@ -144,7 +144,7 @@ def test_no_teacher_is_asked(tiny_pipeline, kept, tmp_path, goal, forwards, aske
 
 def test_the_teachers_variety_is_still_the_teachers_when_it_has_gone(tiny_pipeline, kept, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("a small red ring\n")
+    file.write_text("a doughnut on a red background\n")
     config = parse(words(tiny_pipeline, kept, tmp_path, "--sample-prompts", str(file), "--sample-every", "9"))
     run = Distillation(config, load_pipeline(config.teacher), join_processes("no"))
     sheets = Sheets(config, run.pipeline, run.networks)
@@ -157,7 +157,7 @@ def test_the_teachers_variety_is_still_the_teachers_when_it_has_gone(tiny_pipeli
     def pictures(prompts, seeds):
         return teacher.decode(generate(teacher, prompts, seeds, "ddim", TEACHER_STEPS, 2.0))
 
-    expected = spread(pictures, ["a small red ring"], range(SPREAD_SEEDS))["spread"]
+    expected = spread(pictures, ["a doughnut on a red background"], range(SPREAD_SEEDS))["spread"]
     assert sheets.spread()["spread_teacher"] == pytest.approx(expected, rel=1e-4)
 
 

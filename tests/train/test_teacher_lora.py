@@ -18,7 +18,7 @@ from training.run.config import parse
 from training.run.plan import Phase, Plan, describe
 
 pytestmark = pytest.mark.train
-PROMPT = ["a small red ring"]
+PROMPT = ["a doughnut on a red background"]
 
 
 def random_lora(folder, file, modules, texts=(), rank=3, alpha=6.0, more=None):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..models.pipeline import Pipeline
 from ..models.teachers import EMBEDDED
-from ..scenes.shapes import IMAGE_SIZE, draw_caption, scene
+from ..scenes.emoji import IMAGE_SIZE, draw_caption, scene
 from .base import TrainingData
 from .latents import META
 from .options import DataOptions, at_resolution

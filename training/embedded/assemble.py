@@ -1,7 +1,7 @@
 """Put finished trainings into assets/: the pipeline with the teacher and the judge, or the student's UNet.
 
-python -m training.embedded.assemble --run-dir runs/embedded
-python -m training.embedded.assemble --run-dir runs/embedded --student runs/student
+python -m training.embedded.assemble --run-dir runs/emoji
+python -m training.embedded.assemble --student runs/student
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..models.teachers import ASSETS, EMBEDDED
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/embedded"))
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--student", type=Path, help="output folder of training/distill.py")
     args = parser.parse_args()
     if args.student:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+import torch.distributed as dist
+from accelerate import PartialState
 
 from ..files import whole_file
-from ..pictures import to_tensor
-from ..scenes.shapes import scene
 
 # bf16 where the processor computes in it, fp32 elsewhere: without avx512_bf16 a product in bf16 takes 7 times as long.
 HALF = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
@@ -22,36 +21,18 @@ def half_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=HALF)
 
 
-class Scenes(Dataset):
-    """Scenes [start, stop) of a stream, each passed through `sample(image, caption, placed) -> tensors`."""
-
-    def __init__(self, seed: int, start: int, stop: int, sample: Callable, **caption_options) -> None:
-        self.seed, self.start, self.stop, self.sample, self.options = seed, start, stop, sample, caption_options
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int):
-        return self.sample(*scene(self.seed, self.start + index, **self.options))
-
-
-def scene_pictures(seed: int, indices: Iterable[int]) -> tuple[torch.Tensor, list[str]]:
-    """Pictures [B, 3, 128, 128] in [-1, 1] and captions of scenes of a stream."""
-    scenes = [scene(seed, index) for index in indices]
-    return torch.stack([to_tensor(image) for image, _, _ in scenes]), [str(caption) for _, caption, _ in scenes]
-
-
-def batches(
-    seed: int, batch_size: int, first_step: int, last_step: int, sample: Callable, **caption_options
-) -> DataLoader:
-    """One never repeating pass over the stream: step n sees scenes [n * batch_size, (n + 1) * batch_size)."""
-    data = Scenes(seed, first_step * batch_size, last_step * batch_size, sample, **caption_options)
-    return DataLoader(data, batch_size, num_workers=1, worker_init_fn=lambda _: torch.set_num_threads(1))
-
-
 def save_whole(state: dict, path: Path) -> None:
     with whole_file(path) as place:
         torch.save(state, place)
+
+
+def average(modules: torch.nn.Module) -> None:
+    """Each gradient becomes the mean over processes."""
+    gradients = [parameter.grad for parameter in modules.parameters() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    for gradient, mean in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_((mean / dist.get_world_size()).view_as(gradient))
 
 
 def train(
@@ -70,9 +51,11 @@ def train(
     """AdamW with linear warm-up and cosine decay, clip 1; yields the number of steps done every `save_every`.
 
     Saves there, and at the latest after SAVE_SECONDS. Resumes from `checkpoint` when it is there; a resumed run takes
-    the same batches as an uninterrupted one.
+    the same batches as an uninterrupted one. Under `accelerate launch` the gradients are the mean of the processes',
+    each of which draws its own noise; the first of them saves.
     """
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4)
+    process = PartialState(cpu=True)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -92,12 +75,14 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
-        torch.manual_seed(step)
+        torch.manual_seed(step * process.num_processes + process.process_index)
         loss = loss_at(step, batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last good state is in {checkpoint}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if process.num_processes > 1:
+            average(modules)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         if ema is not None:
@@ -105,7 +90,7 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(modules.parameters()), 1 - decay)
         running, seen = running + loss.item(), seen + 1
-        if (step + 1) % report_every == 0:
+        if process.is_main_process and (step + 1) % report_every == 0:
             rate = seen / (time.time() - since)
             print(
                 f"step {step + 1}/{steps}  loss {running / seen:.4f}  {rate:.2f} steps/s  "
@@ -114,7 +99,7 @@ def train(
             )
             running, since, seen = 0.0, time.time(), 0
         due = (step + 1) % save_every == 0 or step + 1 == steps
-        if due or time.time() - saved >= SAVE_SECONDS:
+        if process.is_main_process and (due or time.time() - saved >= SAVE_SECONDS):
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             save_whole(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
             saved = time.time()

@@ -17,7 +17,7 @@ from ..files import read_lines, write_whole
 from ..models.pipeline import Pipeline
 from ..models.sampling import generate
 from ..pictures import save_sheet, to_images
-from ..scenes.shapes import scene
+from ..scenes.emoji import scene
 from ..scoring.variety import OPEN_PROMPTS, TEACHER_STEPS, embedded_judge, spread
 from .config import Config
 from .networks import Networks

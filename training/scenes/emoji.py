@@ -1,10 +1,11 @@
 """Scenes of emoji: one large picture of a set, or two in a relation, on a background that the caption may name.
 
 The set is of Microsoft's Fluent Emoji 3D (MIT), pictures of 256x256 px with transparency in assets/emoji, named by code
-points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. As in `shapes`, the caption names what
-must be seen; exact place, side that it faces and shades are nuisance; and all of it is a function of (seed, index).
-Things stand on a grid of GRID pixels, the side of a latent: moved by less, each would look different to an autoencoder
-of that factor, and all of them would have to be learnt.
+points (`1f34e.webp`); `emoji.txt` beside this module gives their names in words. The caption names what must be seen;
+exact place and shades are nuisance; and all of it is a function of (seed, index).
+Things face one way and stand on a grid of GRID pixels, two latents. Moved by less than a latent, each would look
+different to an autoencoder of that factor; moved by one, to the UNet's own halvings: and all of them would have to be
+learnt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import colorsys
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..files import shipped
 
 FOLDER = shipped("assets") / "emoji"
 IMAGE_SIZE = 128
-GRID = 8
+GRID = 16
 SINGLE, PAIR = 104, 56  # side of the square that an emoji fills, px: alone, and of two
 NAMES = dict(  # name in words -> code points
     line.split(" ", 1)[::-1] for line in (Path(__file__).with_suffix(".txt")).read_text(encoding="utf-8").splitlines()
@@ -114,28 +115,26 @@ def draw_caption(
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with its geometry: centre and side in pixels, and whether it faces the other way."""
+    """A thing with its geometry: centre and side in pixels."""
 
     thing: str
     x: float
     y: float
     side: int
-    mirrored: bool = False
 
 
 def place(caption: Caption, rng: np.random.Generator) -> tuple[Placed, ...]:
     """Positions that fulfil the caption: one near the middle; two either side of it along their relation."""
     if caption.relation is None:
-        left, top = GRID * rng.integers(0, (IMAGE_SIZE - SINGLE) // GRID + 1, 2)
-        return (Placed(caption.things[0], left + SINGLE / 2, top + SINGLE / 2, SINGLE, bool(rng.random() < 0.5)),)
+        left, top = GRID * rng.integers(0, 2, 2)
+        return (Placed(caption.things[0], left + SINGLE / 2, top + SINGLE / 2, SINGLE),)
     dx, dy = DIRECTIONS[caption.relation]
     placed = []
     for thing, sign in zip(caption.things, (1, -1), strict=True):
-        far = sign * (dx + dy) > 0  # in the right or the lower half
-        along = GRID * rng.integers(2) + far * IMAGE_SIZE // 2
-        across = (IMAGE_SIZE - PAIR) // 2 // GRID * GRID + GRID * rng.integers(-1, 3)
+        along = (IMAGE_SIZE // 2) * (sign * (dx + dy) > 0)  # the right or the lower half, or the other
+        across = GRID * rng.integers(2, 4)
         left, top = (along, across) if dx else (across, along)
-        placed.append(Placed(thing, left + PAIR / 2, top + PAIR / 2, PAIR, bool(rng.random() < 0.5)))
+        placed.append(Placed(thing, left + PAIR / 2, top + PAIR / 2, PAIR))
     return tuple(placed)
 
 
@@ -194,7 +193,7 @@ class Pictures:
         """The picture, uint8 [128, 128, 3]; the background's shades come from `rng`."""
         image = _background(caption.background, rng)
         for item in placed:
-            painted = self.levels[item.thing, item.side][:, :: -1 if item.mirrored else 1]
+            painted = self.levels[item.thing, item.side]
             left, top = int(item.x - item.side / 2), int(item.y - item.side / 2)
             place = np.s_[top : top + item.side, left : left + item.side]
             image[place] = image[place] * (1 - painted[..., 3:]) + painted[..., :3]
@@ -206,3 +205,14 @@ class Pictures:
         caption = draw_caption(rng, **caption_options)
         placed = place(caption, rng)
         return self.render(caption, placed, rng), caption, placed
+
+
+@cache
+def pictures() -> Pictures:
+    """Those that are shipped, read once a process."""
+    return Pictures()
+
+
+def scene(seed: int, index: int, **caption_options) -> tuple[np.ndarray, Caption, tuple[Placed, ...]]:
+    """`Pictures.scene` of those that are shipped."""
+    return pictures().scene(seed, index, **caption_options)

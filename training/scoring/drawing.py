@@ -20,7 +20,7 @@ from ..models.pipeline import DTYPES, Pipeline, weights_hash
 from ..models.sampling import generate, teacher_function, unet_evaluations
 from ..models.teachers import EMBEDDED, NAMED
 from ..pictures import to_uint8
-from ..scenes.shapes import Caption
+from ..scenes.emoji import Caption
 from .curves import delta_samples, endpoint_squares, student_function, teacher_endpoints
 from .embedded_scores import drawn_captions, rendered
 from .pictures import PictureFolder, Source, batches_of

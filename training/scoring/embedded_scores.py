@@ -1,4 +1,4 @@
-"""The `embedded` protocol: captions of the procedural scenes, and what the shipped detector says of their pictures."""
+"""The `embedded` protocol: captions of the scenes, and what the shipped detector says of their pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..files import read_lines
 from ..models.teachers import ASSETS
 from ..pictures import to_tensor
+from ..scenes.emoji import Caption, draw_caption, parse_caption, pictures, place, scene
 from ..scenes.judge import Judge, load_judge
-from ..scenes.shapes import Caption, draw_caption, parse_caption, place, render, scene
 from .metrics import (
     frechet_distance,
     frechet_distance_clipped,
@@ -35,11 +35,11 @@ def rendered(captions: list[Caption], seed: int, first: int = 0) -> Tensor:
     """One fresh scene for each caption, [B, 3, 128, 128] in [-1, 1]; number `first` and on of the stream `seed`."""
     generators = (np.random.default_rng([seed, index]) for index in range(first, first + len(captions)))
     pairs = zip(captions, generators, strict=True)
-    return torch.stack([to_tensor(render(place(caption, rng), rng)) for caption, rng in pairs])
+    return torch.stack([to_tensor(pictures().render(caption, place(caption, rng), rng)) for caption, rng in pairs])
 
 
 def drawn_captions(seed: int, count: int) -> list[Caption]:
-    """Captions of one and of two objects in turn, held-out pairs of shape and colour as often as chance has them."""
+    """Captions of one and of two things in turn, held-out combinations as often as chance has them."""
     return [
         draw_caption(np.random.default_rng([seed, 7, index]), objects=1 + index % 2, held_out=None)
         for index in range(count)
@@ -56,7 +56,7 @@ def read_scene_captions(file: Path) -> list[Caption]:
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from error
     if not captions:
-        raise ValueError(f"{file} holds no captions; expected one a line, e.g. 'a large red star'")
+        raise ValueError(f"{file} holds no captions; expected one a line, e.g. 'a panda on a blue background'")
     return captions
 
 
@@ -124,8 +124,8 @@ def scores_of(captions: tuple[Caption, ...]) -> EmbeddedScores:
 
 @torch.no_grad()
 def features(judge: Judge, images: Tensor) -> Tensor:
-    """The judge's pooled features [B, 96] of pictures [B, 3, 128, 128] in [-1, 1]."""
-    return torch.cat([judge(part)[1] for part in images.split(64)])
+    """The judge's pooled features [B, 192] of pictures [B, 3, 128, 128] in [-1, 1]."""
+    return torch.cat([judge(part)[2] for part in images.split(64)])
 
 
 def coarse(images: Tensor) -> Tensor:

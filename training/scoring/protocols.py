@@ -75,7 +75,7 @@ def read_captions(file: Path) -> list[str]:
         ) from error
     captions = [" ".join(line.split()) for line in captions if line.strip()]
     if not captions:
-        raise ValueError(f"{file} holds no captions; expected one a line, e.g. 'a large red star'")
+        raise ValueError(f"{file} holds no captions; expected one a line, e.g. 'a yellow star on a red background'")
     return captions
 
 

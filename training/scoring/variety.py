@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ..models.teachers import ASSETS
+from ..scenes.emoji import VOCABULARY
 from ..scenes.judge import Judge, load_judge
-from ..scenes.shapes import SHAPES
 from .embedded_scores import coarse, features
 
-# Of the embedded models; each leaves the colour open.
-OPEN_SIZE = "large"
-OPEN_PROMPTS = tuple(f"a {OPEN_SIZE} {shape}" for shape in SHAPES)
+OPEN_PROMPTS = VOCABULARY[::24]  # of the embedded models; each leaves the background open
 SEEDS = 16
 TEACHER_STEPS = 20  # DDIM's
 

@@ -1,1 +1,0 @@
-"""What makes the next embedded pipeline, of emoji scenes; it takes the place of the shapes' when it is finished."""
