@@ -23,14 +23,17 @@ ROWS = {
     "student, 2 steps": {"model": "embedded-student", "steps": 2},
     "student, 4 steps": {"model": "embedded-student", "steps": 4},
     "student, 8 steps": {"model": "embedded-student", "steps": 8},
+    "teacher undistilled, same sampler, 1 step": {"model": "embedded-teacher", "steps": 1},
+    "teacher undistilled, same sampler, 2 steps": {"model": "embedded-teacher", "steps": 2},
     "teacher undistilled, same sampler, 4 steps": {"model": "embedded-teacher", "steps": 4},
+    "teacher, DDIM 2 steps, w=3": {"model": "embedded-teacher", "sampler": "ddim", "steps": 2, "guidance_scale": 3.0},
     "teacher, DDIM 4 steps, w=3": {"model": "embedded-teacher", "sampler": "ddim", "steps": 4, "guidance_scale": 3.0},
 }
 COLUMNS = {
     "all right": "attribute_accuracy",
     "one object": "attribute_accuracy_one_object",
     "two objects": "attribute_accuracy_two_objects",
-    "held-out pairs": "attribute_accuracy_held_out",
+    "held out": "attribute_accuracy_held_out",
 }
 
 

@@ -37,7 +37,7 @@ COLUMNS = (
         )
         for steps in (1, 2, 4, 8)
     ),
-    ("teacher, 4 steps", lambda prompt: text_to_image("embedded-teacher", prompt, seed=SEED, steps=4)),
+    ("teacher, 2 steps", lambda prompt: text_to_image("embedded-teacher", prompt, seed=SEED, steps=2)),
     ("teacher, 50 steps, w = 3", lambda prompt: stock("embedded-teacher", prompt, seed=SEED, steps=50, cfg=3.0)),
 )
 TILE = 192

@@ -24,6 +24,7 @@ from .server import ROOT, ComfyServer, ServerError, exit_on_sigterm
 FOLDER = ROOT / "workflows"
 SIDE = 384  # pixels of a square thumbnail
 PANDA, STAR = "a panda on a purple background", "a yellow star above a doughnut"
+STRAWBERRY = "a strawberry on a pink background"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ EMBEDDED = {
     "splam_inpaint": Embedded(
         {"Input picture": STAR, "Result": "a yellow star above a crescent moon"}, ("Result", "Input picture")
     ),
-    "splam_hires_fix": Embedded({"First pass": PANDA, "Result": PANDA}, ("Result", "First pass")),
+    "splam_hires_fix": Embedded({"First pass": STRAWBERRY, "Result": STRAWBERRY}, ("Result", "First pass")),
     "splam_sampler_custom_advanced": Embedded({"Result": STAR}, ("Result",)),
     "splam_steps_comparison": Embedded({"4 steps": STAR, "8 steps": STAR}, ("1 step", "2 steps", "4 steps", "8 steps")),
     "splam_negative_prompt": Embedded({"Without it": "a yellow star on a red background"}, ("Result", "Without it")),
