@@ -30,7 +30,7 @@ from ..splam_core.checkpoint import (
     weight_files,
 )
 from ..splam_core.families import family_told
-from ..splam_core.parametrisation import MARKS, Parametrisation, parametrisation_of
+from ..splam_core.parametrisation import MARKS, Parametrisation, latent_scale, parametrisation_of
 from .catalogue import Location, host_names, read_json
 from .families import ATTACHMENT as FAMILY
 from .gamma import ATTACHMENT, GammaWeights
@@ -58,6 +58,7 @@ class Checkpoint:
     configs: dict[str, Config] = field(default_factory=dict)  # part -> diffusers' configuration of it
     metadata: dict[str, str] = field(default_factory=dict)
     parametrisation: Parametrisation = field(default_factory=Parametrisation)
+    latent_scale: float | None = None  # the host's own where nothing says it
     gamma: GammaWeights | None = None
     is_few_step: bool = False
 
@@ -126,6 +127,7 @@ def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
     metadata, weights = read_metadata(unet_files[0]), load_files(unet_files)
     try:
         parametrisation = parametrisation_of(weights, metadata, configs["scheduler"])
+        scale = latent_scale(configs["vae"])
         unet, gamma = fold(weights, metadata, embedded_guidance)
         single = diffusers_to_ldm(unet, load_files(vae_files))
     except ValueError as error:
@@ -138,6 +140,7 @@ def read_pipeline(location: Location, embedded_guidance: float) -> Checkpoint:
         configs=configs,
         metadata=metadata,
         parametrisation=parametrisation,
+        latent_scale=scale,
         gamma=gamma[1],
         is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
@@ -150,6 +153,7 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
     try:
         configs = _configs(metadata)
         parametrisation = parametrisation_of(weights, metadata, configs.get("scheduler"))
+        scale = latent_scale(configs.get("vae", {}))
         weights, gamma = fold(weights, metadata, embedded_guidance)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -162,6 +166,7 @@ def read_unet_or_file(location: Location, embedded_guidance: float) -> Checkpoin
         configs=configs,
         metadata=metadata,
         parametrisation=parametrisation,
+        latent_scale=scale,
         gamma=gamma[1],
         is_few_step=location.is_few_step or gamma[0] or _names_few_step(configs, metadata),
     )
@@ -231,6 +236,8 @@ def build(checkpoint: Checkpoint, **loading: bool) -> tuple[Model, Clip | None, 
         model = build_unet(checkpoint.unet, checkpoint.configs, **loading)
         clip = build_clip(checkpoint.text_encoders, checkpoint.configs, **loading) if checkpoint.text_encoders else None
         vae = build_vae(checkpoint.vae, checkpoint.configs) if checkpoint.vae else None
+    if checkpoint.latent_scale is not None:
+        model.model.latent_format.scale_factor = checkpoint.latent_scale
     first = model.model.diffusion_model.time_embed[0]
     if bias is not None and first.bias is not None and first.bias.dtype.itemsize == 1:
         # An 8-bit float would lose the fold; the host casts biases to what it computes in anyway.

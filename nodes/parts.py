@@ -47,9 +47,6 @@ def build_unet(weights: StateDict, configs: Mapping[str, Config], **loading: boo
         return model
     options = unet_options(weights, configs.get("unet"))
     config = _narrow(options)(options)
-    config.latent_format.scale_factor = (
-        configs.get("vae", {}).get("scaling_factor") or config.latent_format.scale_factor
-    )
     management = comfy.model_management
     device, supported = management.get_torch_device(), config.supported_inference_dtypes
     parameters, stored = comfy.utils.calculate_parameters(weights), comfy.utils.weight_dtype(weights)

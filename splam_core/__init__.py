@@ -33,7 +33,7 @@ from .gamma import (
 )
 from .matching import DistributionMatching, MatchingDraws, draw_places, matching_draws, simulate
 from .objective import Objective, l2, pseudo_huber, subpath_for
-from .parametrisation import Parametrisation, parametrisation_of
+from .parametrisation import Parametrisation, latent_scale, parametrisation_of
 from .paths import PathObjective, solve_paths
 from .recipe import Recipe
 from .sampler import add_noise, fresh_noise, renoise_generator, sample
@@ -76,6 +76,7 @@ __all__ = [
     "guided",
     "json_object",
     "l2",
+    "latent_scale",
     "ldm_to_diffusers",
     "learning_rate_share",
     "load_file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,23 @@ def parametrisation_of(
     if zero:
         schedule = (schedule or NoiseSchedule.scaled_linear()).with_zero_terminal_snr()
     return Parametrisation(prediction_type, schedule, contradictions)
+
+
+def latent_scale(vae: Mapping[str, Any]) -> float | None:
+    """What an autoencoder's config.json says that its latents are multiplied by; None where it does not say.
+
+    Raises ValueError for latents that a mean or a shift is taken from too, and for a scale that is no number above 0.
+    """
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.get(name):
+            raise ValueError(
+                f"the VAE's config.json has {name}, as EDM and flow models do, whose latents are not Stable "
+                f"Diffusion's; expected scaling_factor alone. Choose a model of SD1.x, SD2.x or SDXL, or its own VAE."
+            )
+    scale = vae.get("scaling_factor")
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ValueError(f"the VAE's config.json says {scale!r:.40} for scaling_factor; expected a number above 0.")
+    return scale
 
 
 def _prediction_type(name: str) -> str:

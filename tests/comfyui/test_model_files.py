@@ -118,6 +118,15 @@ def test_models_of_continuous_noise_levels_are_refused(key, server, pipelines, s
         sample(name)
 
 
+def test_a_vae_whose_latents_have_a_mean_is_refused(server, pipelines, sample):
+    folder = server.folder / "models" / "diffusers" / "edm"
+    shutil.copytree(pipelines.folder / "plain", folder)
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "latents_mean": [0.1] * 4}))
+    with pytest.raises(ServerError, match=r"diffusers.edm: the VAE's config.json has latents_mean"):
+        sample("diffusers/edm")
+
+
 @pytest.fixture(scope="module")
 def xl_weights():
     """A UNet that the host takes for an SDXL (Segmind's Vega), at 320 channels throughout; under LDM names."""
@@ -136,6 +145,32 @@ def xl_weights():
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
     return diffusers_to_ldm({key: weight.half() for key, weight in unet.state_dict().items()})
+
+
+@pytest.fixture
+def sample_xl(server):
+    def run(model_name: str) -> torch.Tensor:
+        inputs = {"model": ["model", 0], "positive": ["prompt", 0], "latent_image": ["latent", 0]}
+        graph = {
+            "model": {"class_type": "SPLAMLoader", "inputs": {"model_name": model_name}},
+            "prompt": {"class_type": "TestConditioning", "inputs": {"width": 2048, "seed": 4, "pooled": 1280}},
+            "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+            "sampled": {"class_type": "SPLAMSampler", "inputs": inputs | {"seed": SEED, "steps": 1, "denoise": 1.0}},
+        }
+        (file,) = server.files(server.run(save_latent(graph)))
+        return load(file)["latent_tensor"]
+
+    return run
+
+
+def test_a_scale_of_latents_that_the_host_does_not_know(server, xl_weights, sample_xl):
+    """It took its own for shapes that it knows, whatever the file said."""
+    said = put(server, "checkpoints", "said.safetensors", xl_weights, {"splam.vae": '{"scaling_factor": 0.31}'})
+    found = sample_xl(said) * 0.31
+    open_ = put(server, "checkpoints", "open.safetensors", xl_weights)
+    assert relative_error(found, sample_xl(open_) * 0.13025) < 1e-5
+    for name in (said, open_):
+        (server.folder / "models" / "checkpoints" / name).unlink()
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -214,23 +249,11 @@ def test_scaled_fp8_is_its_weights(naming, server, pipelines, sample):
 
 
 @pytest.mark.parametrize("naming", ["scale_weight", "comfy_quant", "metadata"])
-def test_scaled_fp8_of_a_width_that_the_host_knows(naming, server, xl_weights):
-    inputs = {"model": ["model", 0], "positive": ["prompt", 0], "latent_image": ["latent", 0]}
-
-    def latents(name: str) -> torch.Tensor:
-        graph = {
-            "model": {"class_type": "SPLAMLoader", "inputs": {"model_name": name}},
-            "prompt": {"class_type": "TestConditioning", "inputs": {"width": 2048, "seed": 4, "pooled": 1280}},
-            "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-            "sampled": {"class_type": "SPLAMSampler", "inputs": inputs | {"seed": SEED, "steps": 1, "denoise": 1.0}},
-        }
-        (file,) = server.files(server.run(save_latent(graph)))
-        return load(file)["latent_tensor"]
-
+def test_scaled_fp8_of_a_width_that_the_host_knows(naming, server, xl_weights, sample_xl):
     scaled, metadata = scaled_fp8(xl_weights, naming)
-    found = latents(put(server, "checkpoints", "scaled.safetensors", scaled, metadata))
+    found = sample_xl(put(server, "checkpoints", "scaled.safetensors", scaled, metadata))
     plain = dequantized(scaled, metadata)
-    assert found.equal(latents(put(server, "checkpoints", "unscaled.safetensors", plain)))
+    assert found.equal(sample_xl(put(server, "checkpoints", "unscaled.safetensors", plain)))
     for name in ("scaled", "unscaled"):
         (server.folder / "models" / "checkpoints" / f"{name}.safetensors").unlink()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splam_core import NoiseSchedule, parametrisation_of
+from splam_core import NoiseSchedule, latent_scale, parametrisation_of
 
 pytestmark = pytest.mark.core
 diffusers = pytest.importorskip("diffusers")
@@ -67,3 +67,22 @@ def test_zero_terminal_snr_is_diffusers_but_for_the_last_alpha(keys, scheduler):
 def test_what_splam_cannot_sample_is_refused(keys, metadata, scheduler, words):
     with pytest.raises(ValueError, match=words):
         parametrisation_of(keys, metadata, scheduler)
+
+
+def test_an_autoencoder_says_its_latents_scale():
+    assert latent_scale({}) is None
+    assert latent_scale({"scaling_factor": 0.13025, "shift_factor": None, "latents_mean": None}) == 0.13025
+
+
+@pytest.mark.parametrize(
+    "vae, found",
+    [
+        ({"scaling_factor": 0.5, "latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}, "latents_mean"),
+        ({"scaling_factor": 1.5, "shift_factor": 0.06}, "shift_factor"),
+        ({"scaling_factor": 0}, "0 for scaling_factor"),
+        ({"scaling_factor": "large"}, "'large' for scaling_factor"),
+    ],
+)
+def test_latents_that_are_not_stable_diffusions_are_refused(vae, found):
+    with pytest.raises(ValueError, match=f"config.json .*{found}.*; expected"):
+        latent_scale(vae)

@@ -1,11 +1,13 @@
 """A pipeline's VAE: few pictures at once, in a type that holds its values, whatever autocast says."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from training.models.load import load_pipeline
+from training.models.files import read_model
+from training.models.load import build_pipeline, load_pipeline
 
 pytestmark = pytest.mark.train
 
@@ -65,3 +67,25 @@ def test_a_vae_that_overflows_in_fp16_runs_in_fp32(tiny_pipeline):
 def test_prompts_that_are_too_long_are_counted(pipeline):
     assert pipeline.too_long(["a fox", "fox " * 75, "fox " * 76, "word " * 300, ""]) == 2
     assert pipeline.too_long([]) == 0
+
+
+def with_settings(folder, part, **settings):
+    model = read_model(folder)
+    return replace(model, configs={**model.configs, part: {**model.configs[part], **settings}})
+
+
+@pytest.mark.parametrize(("said", "side"), [(None, 64), ([24, 24], 24), (16, 16)])
+def test_a_config_may_leave_the_latents_size_open_or_say_it_twice(tiny_pipeline, said, side):
+    model = with_settings(tiny_pipeline, "unet", sample_size=said)
+    assert model.resolution == 8 * side and build_pipeline(model).latent_shape == (4, side, side)
+
+
+def test_latents_that_are_not_square_are_refused(tiny_pipeline):
+    model = with_settings(tiny_pipeline, "unet", sample_size=[16, 24])
+    with pytest.raises(ValueError, match=r"\[16, 24\] for sample_size; expected a number"):
+        build_pipeline(model).latent_shape  # noqa: B018
+
+
+def test_a_vae_with_a_mean_of_its_latents_is_refused(tiny_pipeline):
+    with pytest.raises(ValueError, match="latents_mean, as EDM"):
+        build_pipeline(with_settings(tiny_pipeline, "vae", latents_mean=[0.1] * 4))

@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training.models.files import read_model, write_single_file
 from training.models.load import load_pipeline
 from training.run import distillation, loop
 from training.run import plan as plans
@@ -40,6 +42,21 @@ def test_sd15_as_a_lora_fits_8_gb():
     text = describe(config, found)
     images = 6000 * config.train_batch_size * config.gradient_accumulation_steps
     assert f"UNet evaluations {images * 10}" in text and f"pictures {images}" in text
+
+
+@pytest.mark.parametrize("predicts_v", [False, True])
+def test_a_single_files_shapes_are_its_own(tiny_pipeline, tmp_path, predicts_v):
+    """They were the published ones of its family, and those of Stable Diffusion 2 at 512 px."""
+    model = replace(read_model(tiny_pipeline), family="sd2")
+    if predicts_v:
+        scheduler = {**model.configs["scheduler"], "prediction_type": "v_prediction"}
+        model = replace(model, configs={**model.configs, "scheduler": scheduler})
+    unet = {name: value for name, value in model.configs["unet"].items() if name != "sample_size"}
+    file = tmp_path / "sd2.safetensors"
+    write_single_file(replace(model, configs={**model.configs, "unet": unet}), file, "sd2")
+    config, found = planned("--teacher", str(file))
+    assert found.unet_parameters == sum(one.numel() for one in model.unet.values())
+    assert plans.shapes(config)[1] == (768 if predicts_v else 512)
 
 
 def test_phases_lie_on_the_lines_through_what_was_counted():

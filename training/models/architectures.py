@@ -102,3 +102,19 @@ ARCHITECTURES = {
         },
     ),
 }
+
+
+def latent_side(unet: Settings, family: str, prediction_type: str = "epsilon") -> int:
+    """The side of the square latents that a UNet's config.json names or, where it names none, of its family's.
+
+    Raises ValueError for latents that are not square.
+    """
+    said = unet.get("sample_size")
+    if said is None:
+        if family == "sd2" and prediction_type == "v_prediction":  # Stable Diffusion 2's v models: 768 px
+            return 96
+        return ARCHITECTURES[family].unet["sample_size"]
+    sides = set(said) if isinstance(said, (list, tuple)) else {said}
+    if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"the UNet's config.json says {said!r:.40} for sample_size; expected a number, or it twice")
+    return sides.pop()

@@ -34,7 +34,7 @@ from splam_core import (
 from splam_core.text_encoders import PLACES, text_encoder_from_ldm, text_encoders_to_ldm
 
 from ..files import whole_folder
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, latent_side
 from .teachers import EMBEDDED
 
 StateDict = dict[str, Tensor]
@@ -77,8 +77,7 @@ class ModelFiles:
         widths = self.configs.get("vae", ARCHITECTURES[self.family].vae).get("block_out_channels")
         if not isinstance(widths, (list, tuple)):
             raise ValueError(f"its VAE's config.json says {widths!r:.40} for block_out_channels, expected a list")
-        levels = len(widths)
-        return (self.configs["unet"].get("sample_size") or 64) * 2 ** (levels - 1)
+        return latent_side(self.configs["unet"], self.family, self.prediction_type) * 2 ** (len(widths) - 1)
 
     def cast(self, dtype: torch.dtype) -> ModelFiles:
         def one(weights: StateDict) -> StateDict:
@@ -169,11 +168,6 @@ def _read_folder(folder: Path) -> ModelFiles:
     return ModelFiles(unet, vae, texts, family, configs, tokenizers, zeros)
 
 
-def family_of_file(file: Path) -> str:
-    """ "sd1", "sd2" or "sdxl" of a single file."""
-    return read_metadata(file).get("splam.family") or family_of(load_file(file))
-
-
 def _read_single_file(file: Path) -> ModelFiles:
     weights, metadata = load_file(file), read_metadata(file)
     said = {part: f"splam.{part}" for part in PARTS if f"splam.{part}" in metadata}
@@ -188,9 +182,7 @@ def _read_single_file(file: Path) -> ModelFiles:
         raise ValueError(f"{file}: {error}") from error
     architecture = ARCHITECTURES[family]
     scheduler = _scheduler(file, weights, metadata, known.get("scheduler", {}), family)
-    inputs = _inputs(unet)
-    if family == "sd2" and scheduler["prediction_type"] == "v_prediction":  # Stable Diffusion 2's v models: 768 px
-        inputs["sample_size"] = 96
+    inputs = {**_inputs(unet), "sample_size": latent_side({}, family, scheduler["prediction_type"])}
     configs = {
         "unet": known.get("unet") or _full(UNet2DConditionModel, architecture.unet | inputs),
         "scheduler": scheduler,

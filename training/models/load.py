@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from splam_core import not_finite, parametrisation_of, reading, shortened
+from splam_core import latent_scale, not_finite, parametrisation_of, reading, shortened
 
 from .files import ModelFiles, read_model, tokenizer_of
 from .lora import with_loras
@@ -80,6 +80,7 @@ def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: 
             f"{name}: its UNet reads {channels!r:.40} channels{kind}, expected the {LATENT_CHANNELS} of latents: "
             f"SPLAM makes few-step text-to-image models. Choose such a model."
         )
+    latent_scale(model.configs["vae"])
     weights = [model.unet, model.vae, *model.texts]
     networks = {
         part: _empty(model.configs[part], len(own), f"{name}: {part}")

@@ -14,6 +14,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from splam_core import NoiseSchedule
 from splam_core.order import digest
 
+from .architectures import latent_side
+
 Conditioning = dict[str, Tensor]
 PIXELS = 512 * 512  # of the pictures that a VAE takes at once, or of one larger one: its own activations are large
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,8 +68,8 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, size, size)
+        side = latent_side(self.unet.config, self.family, self.prediction_type)
+        return (self.unet.config.in_channels, side, side)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], size: tuple[int, int] | None = None) -> Conditioning:

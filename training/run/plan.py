@@ -8,9 +8,7 @@ config.json or, where it is not on this machine, from the published ones.
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -21,7 +19,7 @@ from splam_core import NoiseSchedule
 
 from ..data.latents import GROUP
 from ..models.architectures import ARCHITECTURES, Architecture
-from ..models.files import family_of_file
+from ..models.files import read_model
 from ..models.lora import named_with_weight
 from ..models.pipeline import DTYPES, Conditioning, Pipeline
 from ..models.sampling import guided_output
@@ -232,20 +230,10 @@ def shapes(config: Config) -> tuple[Architecture, int]:
     except FileNotFoundError:
         if preset is None:
             raise
-        folder = None
-    if folder is not None and folder.is_dir():
-        folder = folder / "pipeline" if (folder / "pipeline" / "unet").is_dir() else folder
-        second = folder / "text_encoder_2" / "config.json"
-        architecture = Architecture(
-            unet=_json(folder / "unet" / "config.json"),
-            vae=_json(folder / "vae" / "config.json"),
-            text_encoder=_json(folder / "text_encoder" / "config.json"),
-            text_encoder_2=_json(second) if second.is_file() else None,
-        )
-    else:
-        architecture = ARCHITECTURES[preset.family if preset else family_of_file(folder)]
-    native = architecture.unet["sample_size"] * 2 ** (len(architecture.vae["block_out_channels"]) - 1)
-    return architecture, config.data_options.resolution or (preset.resolution if preset else native)
+        return ARCHITECTURES[preset.family], config.data_options.resolution or preset.resolution
+    model = read_model(folder)
+    native = preset.resolution if preset else model.resolution
+    return replace(ARCHITECTURES[model.family], **model.configs), config.data_options.resolution or native
 
 
 def largest_batch(found: Plan, memory: float) -> int:
@@ -322,7 +310,3 @@ def _row(row: tuple[str, float, str]) -> str:
 def _bytes(*modules: nn.Module | None) -> int:
     weights = itertools.chain(*(module.parameters() for module in modules if module is not None))
     return sum(rounded(one.nbytes) for one in weights)
-
-
-def _json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
