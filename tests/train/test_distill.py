@@ -22,6 +22,7 @@ from splam_core import draw_timesteps, draws, fold, gamma_embedding
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
 from training.models.load import load_pipeline
 from training.models.sampling import generate
+from training.run import validation
 from training.run.adapters import LoraNetworks
 from training.run.config import complete, parse
 from training.run.distillation import Distillation
@@ -242,6 +243,19 @@ def test_accumulated_batches_are_one_large_batch(small, tiny_pipeline, tmp_path)
 def test_a_missing_optimizer_package_is_named(small, tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="pip install prodigyopt"):
         small(tiny_pipeline, tmp_path, 1, "--optimizer", "prodigy")
+
+
+def test_validations_paths_are_as_long_for_any_skip(small, tiny_pipeline, tmp_path, monkeypatch):
+    """They were walked in steps of the skip's common divisor with 20, so that x_s was among their points."""
+    asked, make = [], validation.teacher_function
+
+    def counting(*arguments):
+        teacher = make(*arguments)
+        return lambda x, t: asked.append(int(t[0])) or teacher(x, t)
+
+    monkeypatch.setattr(validation, "teacher_function", counting)
+    small(tiny_pipeline, tmp_path, 1, "--sample-every", 1, "--validation-samples", 4, "--skip", 21, "--solver-skip", 21)
+    assert asked[:52] == [999, 979, 978, *range(959, 0, -20), 759] and len(asked) == 51 + 39 + 26 + 14
 
 
 def test_what_a_person_sees(small, tiny_pipeline, tmp_path):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from splam_core import add_noise, draws, few_step_timesteps
+from splam_core import add_noise, draws, few_step_timesteps, solve
 
 from ..data import TrainingData
 from ..models.pipeline import Conditioning, Pipeline
 from ..models.sampling import teacher_function
-from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function, teacher_path
+from ..scoring.curves import SOLVER_SKIP, float64, mean_squares, student_function
 from .config import Config
 from .networks import Networks
 
@@ -37,13 +36,13 @@ class Score:
 class Validation:
     """Held-out samples, noised to the timesteps of four-step sampling in turn, with the teacher's path from each."""
 
+    @torch.no_grad()
     def __init__(self, config: Config, pipeline: Pipeline, networks: Networks, data: TrainingData) -> None:
         """Asks the teacher, which is not needed any more after it."""
         self.pipeline, self.networks, self.skip = pipeline, networks, config.skip
         latents, conditioning = data.held_out(config.validation_samples)
         self.groups: list[tuple[int, Tensor, Tensor, Tensor, Conditioning]] = []
         negative = pipeline.unconditional()
-        step = math.gcd(SOLVER_SKIP, self.skip)  # so that x_s lies on the path
         grid = few_step_timesteps(STEPS, num_train_timesteps=pipeline.schedule.num_train_timesteps).tolist()
         noise = draws(config.seed + SEED_OFFSET, range(len(latents)), latents.shape[1:])[0].to(latents)
         for place, t in enumerate(grid):
@@ -54,8 +53,10 @@ class Validation:
                 one = {key: value[chosen] for key, value in conditioning.items()}
                 x_t = add_noise(latents[chosen], noise[chosen], torch.tensor(t), pipeline.schedule)
                 teacher = teacher_function(pipeline, one, negative, config.guidance_scale)
-                path = teacher_path(teacher, x_t, t, pipeline.schedule, step)
-                self.groups.append((t, x_t, path[min(self.skip // step, len(path) - 1)], path[-1], one))
+                s = max(t - self.skip, 0)
+                visited = sorted({*range(t, 0, -SOLVER_SKIP), s, 0}, reverse=True)
+                path = solve(teacher, x_t, [torch.full_like(chosen, u) for u in visited], pipeline.schedule)
+                self.groups.append((t, x_t, path[visited.index(s)], path[-1], one))
 
     @torch.no_grad()
     def __call__(self, role: str) -> Score:
