@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..splam_core.finish import LORA_FINISH, Finish
 from ..splam_core.recipe import LORA_LEARNING_RATE, RECIPES, Recipe
+from .announce import warn
 from .catalogue import host_names
 from .distilling.files import Autosave, as_lora, existing_loras, locate, metadata, read_lora
 from .distilling.host import NAME, HostUNet, Told
@@ -24,6 +25,8 @@ from .parametrisation import as_consistency_model
 from .sockets import connected
 
 NONE = "none"
+# Of a conditioning: what the host does around the UNet.
+SAMPLINGS_OWN = ("control", "gligen", "hooks", "area", "mask")
 
 
 class SPLAMDistil(io.ComfyNode):
@@ -321,6 +324,9 @@ def _samples(
         _check_latents(host, given)
     if positive:
         entries = [entry for one in positive for entry in one]
+        unheard = sorted({name for _, options in entries for name in SAMPLINGS_OWN if options.get(name) is not None})
+        if unheard:
+            warn(f"{NAME}: {', '.join(unheard)} of positive acts on sampling and is left out: prompts alone are told.")
     elif clip is None:
         raise ValueError(
             f"{NAME}: no CLIP is connected, which reads the prompts. Connect the checkpoint's (or, for a prepared set, "

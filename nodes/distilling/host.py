@@ -21,6 +21,8 @@ from ...splam_core.denoiser import predict_epsilon
 from ...splam_core.lora import LoraAdapters, is_lora_target
 from ...splam_core.order import digest
 from ...splam_core.solver import Teacher, guided
+from ..announce import warn
+from ..gamma import KEY as GAMMA_POINTS
 from ..host import Cond, Conditioning, Model
 from ..parametrisation import prediction_type_of, schedule_of
 
@@ -61,7 +63,15 @@ class HostUNet:
         if self.autocast is not None:
             self.patcher.set_model_compute_dtype(torch.float32)
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
-        self.options = options.get("transformer_options", {})
+        self.options = options.pop("transformer_options", {})
+        unheard = {name for name, value in options.items() if value and value is not True}
+        unheard |= {str(key) for calls in self.patcher.wrappers.values() for key, found in calls.items() if found}
+        unheard -= {GAMMA_POINTS}
+        if unheard:
+            warn(
+                f"{node}: {', '.join(sorted(unheard))} on the MODEL acts on sampling and is left out: teacher and "
+                "student are the UNet, with the LoRAs and patches that are on it."
+            )
         # Whatever attention the host was started with: not all have a backward pass.
         self.options.setdefault("optimized_attention_override", _plain_attention)
 

@@ -386,6 +386,34 @@ def test_what_the_host_wrote_on_its_weights_is_there_in_training(server):
     server.run(graph | notes)
 
 
+def test_what_acts_on_sampling_is_named_and_left_out(made, server):
+    """A negative prompt of the MODEL was in the teacher by half, and CFG's rescaling not at all, in silence."""
+    more = {
+        "rescaled": {"class_type": "RescaleCFG", "inputs": {"model": ["model", 0], "multiplier": 0.7}},
+        "blue": {"class_type": "CLIPTextEncode", "inputs": {"text": "blue", "clip": ["model", 1]}},
+        "negated": {
+            "class_type": "SPLAMNegativePrompt",
+            "inputs": {
+                "model": ["rescaled", 0],
+                "negative": ["blue", 0],
+                "nag_scale": 5.0,
+                "nag_tau": 2.5,
+                "nag_alpha": 0.25,
+            },
+        },
+    }
+    logged = server.listen()
+    # The same run as that of the plain MODEL but for its length.
+    server.run(distil(model=["negated", 0], steps=2, seed=21) | more)
+    said = logged()
+    assert "sampler_cfg_function, splam_nag on the MODEL acts on sampling and is left out" in said
+    found = losses(server)
+    for file in states(server)[-1:]:
+        file.unlink()
+    server.run(distil(steps=2, seed=21))
+    assert losses(server) == pytest.approx(found, rel=1e-4)
+
+
 def test_a_lora_is_gone_on_from(made, server):
     name = sorted(file.name for file in (server.folder / "output" / "loras").glob("distilled_4*"))[-1]
     graph = distil(existing_lora=name, steps=2)
