@@ -292,6 +292,7 @@ def grouped(items: Iterator, size: int) -> Iterator[list]:
 
 def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    sys.stdout.reconfigure(errors="backslashreplace")  # the names of files need not be UTF-8
     given, options = parse()
     try:
         prepare(given, options)

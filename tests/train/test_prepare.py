@@ -1,6 +1,7 @@
 """Prepared sets: the same samples as on the way, whoever made them and however often it was interrupted."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -207,6 +208,19 @@ def test_bad_pictures_are_in_the_report_and_too_many_stop_it(tiny_pipeline, pipe
     assert "03.png: damaged picture" in result.stderr and "05.png: no caption" in result.stderr
     again = prepare(tmp_path / "set", pictures, pipeline, shard_size=2)  # the share is no part of the cache's key
     assert (again.made, again.kept, len(again.skipped)) == (0, 12, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its file systems take any name")
+def test_a_name_that_is_no_utf_8_is_reported(tiny_pipeline, pictures, tmp_path, monkeypatch):
+    """The set was whole, and the command ended in an error of encoding instead of saying so."""
+    Path(os.fsdecode(bytes(pictures) + b"/broken\xff.png")).write_bytes(b"nonsense")
+    words = ("--teacher", tiny_pipeline, "--data", pictures, "--output-dir", tmp_path / "set", "--resolution", 128)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", "strict"))
+    assert prepare_command.main() == 0
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode()
+    assert "skipped broken\\udcff.png: no caption" in said and "finished: " in said
 
 
 def test_prompts_and_scenes_are_prepared_too(pipeline, tmp_path):
