@@ -41,6 +41,12 @@ def check_steps(node: str, steps: int, denoise: float) -> None:
 
 def check_latent(node: str, samples: Tensor, channels: int) -> None:
     """Raises ValueError for latents that this model cannot take."""
+    if samples.is_nested or samples.ndim != 4:
+        raise ValueError(
+            f"{node}: the latent image is of a video or sound model; expected latents of shape [batch, {channels}, "
+            f"height, width], found {list(samples.shape)}. Connect Empty Latent Image, or encode a picture with the "
+            "VAE of this model's loader."
+        )
     if samples.numel() == 0:
         raise ValueError(f"{node}: the latent image is empty, shape {tuple(samples.shape)}. Give at least one latent.")
     if samples.shape[1] != channels:

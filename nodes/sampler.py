@@ -1,5 +1,7 @@
 """SPLAM Sampler: noise, grid, few-step sampling and re-noising in one node."""
 
+from inspect import signature
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -128,7 +130,11 @@ class SPLAMSampler(io.ComfyNode):
         evaluated = guidance > 1 or nag_scale <= 1 or model.model_options.get("disable_cfg1_optimization")
         model = as_consistency_model(model)
         model = patch_negative(model, negative, Nag(nag_scale), "SPLAM Sampler")
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        # ComfyUI 0.33: an empty latent names the ratios of the model that it was made for.
+        ratios = signature(comfy.sample.fix_empty_latent_channels).parameters.keys() & latent_image.keys()
+        samples = comfy.sample.fix_empty_latent_channels(
+            model, latent_image["samples"], **{name: latent_image[name] for name in ratios}
+        )
         check_latent("SPLAM Sampler", samples, model.get_model_object("latent_format").latent_channels)
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
         # At guidance 1 the host evaluates a negative only where a patch of the MODEL asks for it.
@@ -147,4 +153,5 @@ class SPLAMSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        return io.NodeOutput({**latent_image, "samples": result.to(comfy.model_management.intermediate_device())})
+        kept = {name: value for name, value in latent_image.items() if name not in ratios}
+        return io.NodeOutput({**kept, "samples": result.to(comfy.model_management.intermediate_device())})

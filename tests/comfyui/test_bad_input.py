@@ -224,12 +224,14 @@ def bad_latent(kind: str) -> torch.Tensor:
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1))
     if kind == "nan":
         latents[0, 0, 0, 0] = float("nan")
-    return {"empty": latents[:0], "channels": latents.repeat(1, 4, 1, 1)}.get(kind, latents)
+    others = {"empty": latents[:0], "channels": latents.repeat(1, 4, 1, 1), "video": latents[:, :, None]}
+    return others.get(kind, latents)
 
 
 BAD_LATENTS = {
     "empty": r"latent image is empty, shape \(0, 4, 16, 16\)",
     "channels": r"this model's latents have 4 channels, the latent image has 16",
+    "video": r"of a video or sound model; expected .*, found \[1, 4, 1, 16, 16\]",
     "nan": r"the latent image holds NaN or infinite values",
 }
 
