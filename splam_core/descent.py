@@ -60,8 +60,11 @@ def ema_update(target: Iterable[Tensor], source: Iterable[Tensor], decay: float)
 
 
 def release_decay_at(step: int, decay: float) -> float | None:
-    """The decay of the release average at a step, None for those between two updates. It starts by forgetting fast."""
-    if step % RELEASE_EVERY:
+    """The decay of the release average at a step, None for those between two updates. It starts by forgetting fast.
+
+    Before its first average it is the student, so that a run of a few steps does not hand on the untrained start.
+    """
+    n, between = divmod(step, RELEASE_EVERY)
+    if n and between:
         return None
-    n = step // RELEASE_EVERY
     return min(decay**RELEASE_EVERY, n / (n + 9))

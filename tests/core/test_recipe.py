@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from splam_core import Recipe, pseudo_huber
+from splam_core.descent import release_decay_at
 
 pytestmark = pytest.mark.core
 
@@ -37,3 +38,10 @@ def test_a_teacher_without_guidance_costs_half():
     """One evaluation a step, as the log and --plan count them."""
     guided, plain = Recipe(), Recipe(guidance_scale=1.0)
     assert (guided.unet_forwards_per_sample, plain.unet_forwards_per_sample) == (2 * 3 + 4, 3 + 4)
+
+
+def test_the_release_average_is_the_student_until_its_first_average():
+    """It was the untrained start, and nearer to the teacher on some: runs of less than ten steps gave that out."""
+    assert [release_decay_at(step, 0.999) for step in range(1, 10)] == [0.0] * 9
+    assert release_decay_at(10, 0.999) == 0.1 and release_decay_at(11, 0.999) is None
+    assert release_decay_at(10**6, 0.999) == 0.999**10
