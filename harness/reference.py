@@ -43,6 +43,15 @@ SCHEDULER = {
     "timestep_spacing": "leading",
 }
 
+# A small Stable Diffusion, with attention at both lower levels and in the middle as there.
+UNET = {
+    "block_out_channels": [64, 128, 128],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 64,
+}
+TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 64}
+
 
 def write_pipeline(
     folder: Path,
@@ -54,17 +63,19 @@ def write_pipeline(
     scaling_factor: float = 0.31,
     **unet,
 ) -> Path:
-    """A StableDiffusionPipeline folder in the embedded pipeline's shape, which `unet` options change.
+    """A StableDiffusionPipeline folder of UNET's shape, which `unet` options change.
 
     scheduler: what its scheduler_config.json says beside SCHEDULER. Weights are fp16, so that a host that keeps its
     text encoder in fp16 loses nothing.
     """
     torch.manual_seed(seed)
-    shapes = UNet2DConditionModel.load_config(EMBEDDED / "unet") | {"time_cond_proj_dim": 256 if cond_proj else None}
-    _save(UNet2DConditionModel.from_config(shapes | unet), folder / "unet")
+    shapes = UNet2DConditionModel.load_config(EMBEDDED / "unet") | UNET
+    shapes |= {"time_cond_proj_dim": 256 if cond_proj else None} | unet
+    _save(UNet2DConditionModel.from_config(shapes), folder / "unet")
     autoencoder = AutoencoderKL.load_config(EMBEDDED / "vae") | {"scaling_factor": scaling_factor}
     _save(AutoencoderKL.from_config(autoencoder), folder / "vae")
-    _save(CLIPTextModel(CLIPTextConfig.from_pretrained(EMBEDDED / "text_encoder")), folder / "text_encoder")
+    text = CLIPTextConfig.from_pretrained(EMBEDDED / "text_encoder", **TEXT_ENCODER)
+    _save(CLIPTextModel(text), folder / "text_encoder")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(SCHEDULER | {"prediction_type": prediction_type} | (scheduler or {}))
