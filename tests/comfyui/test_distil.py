@@ -127,7 +127,7 @@ def style(server) -> str:
     for part, module, kind in (
         ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", ""),
         ("unet", "mid_block.resnets.0.conv1", ""),
-        ("unet", "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "dora"),
+        ("unet", "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "dora"),
         ("unet", "conv_out", "bias"),
         ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj", ""),
     ):

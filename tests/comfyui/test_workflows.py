@@ -126,7 +126,7 @@ def test_a_workflow_is_small_and_has_its_pictures(name):
     assert (FOLDER / f"{name}.json").stat().st_size < 40_000
     assert (FOLDER / f"{name}.jpg").stat().st_size < 40_000
     screenshot = ROOT / "docs" / "images" / f"workflow-{name.removeprefix('splam_')}.jpg"
-    assert screenshot.stat().st_size < 150_000
+    assert screenshot.stat().st_size < 160_000
     for file in (FOLDER / f"{name}.jpg", screenshot):
         Image.open(file).verify()
 
@@ -238,8 +238,12 @@ def test_custom_sampling_is_the_sampler_node(results, server, object_info):
     (seed,) = (
         node["inputs"]["noise_seed"] for node in api("splam_sampler_custom_advanced", object_info, "RandomNoise")
     )
-    (sampler,) = (node for node in plain.values() if node["class_type"] == "SPLAMSampler")
-    sampler["inputs"]["seed"] = seed
+    (prompt,) = (node["inputs"]["text"] for node in api("splam_sampler_custom_advanced", object_info, "CLIPTextEncode"))
+    for node in plain.values():
+        if node["class_type"] == "SPLAMSampler":
+            node["inputs"]["seed"] = seed
+        elif node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = prompt
     ((custom,),) = results("splam_sampler_custom_advanced").values()
     ((expected,),) = pictures(server, plain).values()
     assert custom.tobytes() == expected.tobytes()
