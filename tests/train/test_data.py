@@ -502,6 +502,18 @@ def test_a_part_whose_connection_is_lost_is_left_for_the_next_run(pipeline, tmp_
         assert ["part-000.tar: broken after" in skip.reason for skip in data.skipped] == [True]
 
 
+def test_training_ends_when_a_server_is_gone(pipeline, tmp_path, monkeypatch):
+    """It asked for all of the other parts in vain, and then said that there is nothing to train on."""
+    monkeypatch.setattr("training.data.tars.PAUSE", 0.0)
+    options = at_resolution(DataOptions(num_held_out=0), pipeline)
+    with Served(make_tars(tmp_path / "tars"), cuts=1) as server:
+        data = open_data(server.address + "/part-{000..001}.tar", pipeline, options, 2, 0)
+        server.busy = 100
+        with pytest.raises(ConnectionError, match=r"part-001\.tar: .*429"):
+            data.batch(range(24))
+        assert ["part-000.tar: broken after" in skip.reason for skip in data.skipped] == [True]
+
+
 def test_a_server_that_is_not_there_is_said_at_once(pipeline, tmp_path, monkeypatch):
     """Not after each of a thousand parts has been asked for in vain."""
     monkeypatch.setattr("training.data.tars.PAUSE", 0.0)

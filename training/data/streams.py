@@ -22,7 +22,7 @@ class StreamData(TrainingData):
         self.source, self.encoder = source, encoder_of(pipeline, options)
         if options.caption_drop:
             self.no_prompt = self.encoder.no_prompt()
-        self._seen = 0
+        self._seen, self._connected = 0, False
         self._restart()
         self._advance(0)  # what is wrong with the data shows at once
 
@@ -97,13 +97,16 @@ class StreamData(TrainingData):
     def _records_of(self, part: int) -> Iterator[Record | Skip]:
         """A part's records, and a Skip in place of those that a lost connection has cut off.
 
-        Raises ConnectionError where nothing has come yet.
+        Raises ConnectionError where nothing has come since the last one: then it is not the part.
         """
         try:
-            yield from self.source.read(part)
+            for record in self.source.read(part):
+                self._connected = True
+                yield record
         except ConnectionError as error:
-            if not self._seen:
+            if not self._connected:
                 raise
+            self._connected = False
             yield Skip(f"part {part}", str(error))
 
     def _batches(self) -> Iterator[tuple[Size, list[Record]]]:
