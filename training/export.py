@@ -139,6 +139,7 @@ def _kept_metadata(source: str) -> dict[str, str]:
         "splam.teacher_hash",
         "splam.teacher_lora",
         "splam.lora_holds",
+        "splam.clip_skip",
     )
     if (place / "state.json").is_file():
         config = json.loads((place / "state.json").read_text(encoding="utf-8"))["config"]

@@ -193,6 +193,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, DataO
     add("dtype", choices=sorted(DTYPES), default="fp32", help="type that VAE and text encoder run in (default: fp32)")
     add("teacher-dtype", choices=sorted(DTYPES), help="type of the UNet, for prompts (default: bf16 on a GPU)")
     add("teacher-lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="merged into it, as distill.py's")
+    add("clip-skip", type=int, default=1, help="as distill.py's (default: 1)")
     add("revision", help="branch, tag or commit of a teacher on the Hub")
     add("download-teacher", action="store_true", help="fetch the teacher if it is not on this machine")
     group = parser.add_argument_group("data")
@@ -229,7 +230,8 @@ def prepare(given: argparse.Namespace, options: DataOptions) -> None:
     device = torch.device(given.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"))
     place = resolve(given.teacher, given.revision, given.download_teacher)
     unet = given.teacher_dtype or ("bf16" if device.type == "cuda" else None)
-    pipeline = load_pipeline(place, "cpu", unet_dtype=DTYPES[unet] if unet else None, loras=given.teacher_lora)
+    unet_dtype = DTYPES[unet] if unet else None
+    pipeline = load_pipeline(place, "cpu", unet_dtype=unet_dtype, loras=given.teacher_lora, clip_skip=given.clip_skip)
     pipeline.source = given.teacher
     spec = given.data or default_spec(pipeline)
     options = at_resolution(options, pipeline)

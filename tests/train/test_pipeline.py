@@ -89,3 +89,26 @@ def test_latents_that_are_not_square_are_refused(tiny_pipeline):
 def test_a_vae_with_a_mean_of_its_latents_is_refused(tiny_pipeline):
     with pytest.raises(ValueError, match="latents_mean, as EDM"):
         build_pipeline(with_settings(tiny_pipeline, "vae", latents_mean=[0.1] * 4))
+
+
+@torch.no_grad()
+def test_clip_skip_leaves_the_last_layers_away():
+    """As diffusers' StableDiffusionPipeline reads it, whose clip_skip counts from 0."""
+    whole, skipped = load_pipeline("embedded"), load_pipeline("embedded", clip_skip=2)
+    tokens = whole._tokens(whole.tokenizer, whole.text_encoder, ["a fox"])
+    before_last = whole.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+    text = getattr(whole.text_encoder, "text_model", whole.text_encoder)
+    expected = text.final_layer_norm(before_last)
+    assert torch.equal(skipped.encode(["a fox"])["encoder_hidden_states"], expected)
+    assert skipped.fingerprint() != whole.fingerprint()  # what is prepared for one is not for the other
+
+
+@pytest.mark.parametrize("skip", [0, 9])
+def test_no_more_layers_are_skipped_than_there_are(tiny_pipeline, skip):
+    with pytest.raises(ValueError, match=f"--clip-skip must be from 1 to 1, .*got {skip}"):
+        load_pipeline(tiny_pipeline, clip_skip=skip)
+
+
+def test_clip_skip_is_not_for_sdxl(tiny_xl):
+    with pytest.raises(ValueError, match="SDXL reads the layer before the last"):
+        load_pipeline(tiny_xl, clip_skip=2)

@@ -99,6 +99,25 @@ class ModelFiles:
             return self
         return replace(self, unet=unet, configs=self._with("unet", {"time_cond_proj_dim": None}))
 
+    def clip_skipped(self, clip_skip: int) -> ModelFiles:
+        """Without the text encoder's last clip_skip - 1 layers: what A1111 calls Clip skip, ComfyUI layer -clip_skip.
+
+        The final norm follows the last layer that is left. Raises ValueError for SDXL and for more layers than it has.
+        """
+        if clip_skip == 1:
+            return self
+        if self.family == "sdxl":
+            raise ValueError(
+                f"--clip-skip {clip_skip} is for SD1.x and SD2.x: SDXL reads the layer before the last of both its "
+                f"text encoders, always. Leave it away."
+            )
+        layers = self.configs["text_encoder"]["num_hidden_layers"]
+        left = layers - clip_skip + 1
+        if not 1 <= left <= layers:
+            raise ValueError(f"--clip-skip must be from 1 to {layers}, the text encoder's layers, got {clip_skip}")
+        text = {key: weight for key, weight in self.texts[0].items() if _layer(key) < left}
+        return replace(self, texts=[text], configs=self._with("text_encoder", {"num_hidden_layers": left}))
+
     def few_step(self) -> ModelFiles:
         """With the scheduler that samples a few-step model as it should, on the same noise schedule."""
         scheduler = json.loads(LCMScheduler.from_config(self.configs["scheduler"]).to_json_string())

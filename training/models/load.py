@@ -32,17 +32,19 @@ def load_pipeline(
     unet_dtype: torch.dtype | None = None,
     embedded: str | float = "splam",
     loras: Sequence[str] = (),
+    clip_skip: int = 1,
 ) -> Pipeline:
     """A diffusers pipeline folder, a finished run's folder, a UNet folder, a single file, a teacher's name or a Hub id.
 
     What a UNet folder lacks is taken from the embedded pipeline; a cond_proj is folded (`fold_gamma`'s `embedded`).
-    loras: FILE or FILE:weight each, merged into UNet and text encoders (`with_loras`).
+    loras: FILE or FILE:weight each, merged into UNet and text encoders (`with_loras`); clip_skip: `clip_skipped`'s.
     Nothing is downloaded unless asked; safetensors only. Raises FileNotFoundError if there is no such model,
     ValueError for one of another kind or that lacks something.
     """
     place = resolve(str(model), revision, download)
     with reading(place):
-        pipeline = build_pipeline(with_loras(read_teacher(place, embedded), loras), dtype, str(place))
+        model = with_loras(read_teacher(place, embedded), loras).clip_skipped(clip_skip)
+        pipeline = build_pipeline(model, dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
         pipeline.unet_fingerprint()  # of what is on disk, before it is rounded

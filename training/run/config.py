@@ -89,6 +89,9 @@ class Config(Recipe, Paths, Finish):
         (), "a LoRA merged into the teacher before all else, at this weight (1); may be given several times",
         metavar="FILE[:WEIGHT]", repeated=True,
     )  # fmt: skip
+    clip_skip: int = flag(
+        1, "as in A1111: 2 leaves the text encoder's last layer away, as many checkpoints of drawn styles want it"
+    )
     lora_holds: str = flag(
         "speed", "what the LoRA of --lora holds: speed alone, or the --teacher-lora too (both)", LORA_HOLDS
     )

@@ -67,6 +67,8 @@ def finish(
     }
     if config.finish != "none":
         metadata["splam.finish"] = config.finish
+    if config.clip_skip != 1:
+        metadata["splam.clip_skip"] = str(config.clip_skip)
     if config.teacher_lora:
         metadata["splam.teacher_lora"] = ", ".join(map(named_with_weight, config.teacher_lora))
         if lora:
@@ -83,6 +85,7 @@ def finish(
             if key in spread
         },
         "LoRAs on the teacher": metadata.get("splam.teacher_lora"),
+        "Clip skip, to be set where it is used": metadata.get("splam.clip_skip"),
         "the LoRA holds": {None: None, "speed": "speed alone", "both": "speed and the teacher's LoRAs"}[
             metadata.get("splam.lora_holds")
         ],

@@ -37,6 +37,7 @@ def load_teacher(config: Config, device: torch.device | str) -> Pipeline:
         download=config.download_teacher,
         unet_dtype=dtype,
         loras=config.teacher_lora,
+        clip_skip=config.clip_skip,
     )
 
 

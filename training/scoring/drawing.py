@@ -120,7 +120,8 @@ def load_model(request: Request) -> Pipeline:
             embedded = float(embedded)
         except ValueError:
             raise ValueError(f"--gamma-embedding is splam, zero or a guidance_scale, got {embedded!r}") from None
-    pipeline = load_pipeline(model, device_of(request), DTYPES[request.dtype], embedded=embedded)
+    dtype = DTYPES[request.dtype]
+    pipeline = load_pipeline(model, device_of(request), dtype, embedded=embedded, clip_skip=request.clip_skip)
     if request.lora:
         lora, unet = read_lora(request.lora), pipeline.unet
         unet.load_state_dict(merged(unet.state_dict(), lora, request.lora_scale, str(request.lora)))
@@ -169,7 +170,7 @@ def measure_curves(request: Request, pipeline: Pipeline) -> dict:
     captions (DDIM, 50 steps).
     """
     teacher, w = (
-        load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype]),
+        load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype], clip_skip=request.clip_skip),
         request.teacher_guidance_scale,
     )
     captions = curve_captions(request)
@@ -226,7 +227,7 @@ def measure_variety(request: Request, pipeline: Pipeline) -> dict:
     found = spread_of(pipeline, request.sampler, request.steps, request.guidance_scale)
     found["variety_seeds"] = request.variety
     if embedded or request.teacher not in NAMED:
-        teacher = load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype])
+        teacher = load_pipeline(request.teacher, device_of(request), DTYPES[request.dtype], clip_skip=request.clip_skip)
         theirs = spread_of(teacher, "ddim", TEACHER_STEPS, request.teacher_guidance_scale)
         found |= {f"{name}_teacher": value for name, value in theirs.items()}
         found |= {"teacher": request.teacher, "teacher_guidance_scale": request.teacher_guidance_scale}

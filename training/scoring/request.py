@@ -54,6 +54,7 @@ class Request:
     dtype: str = flag("fp32", "of the weights", tuple(DTYPES))
     lora: Path | None = flag(None, "merged into the model: a .safetensors file, or a folder")
     lora_scale: float = flag(1.0, "its strength")
+    clip_skip: int = flag(1, "as distill.py's")
     gamma_embedding: str = flag(
         "splam", "what a cond_proj of the checkpoint is told: splam, zero, or LCM's guidance_scale"
     )
@@ -89,7 +90,8 @@ class Request:
 
 GROUPS = {
     "the model and how it is sampled": (
-        "model", "lora", "lora_scale", "gamma_embedding", "sampler", "steps", "guidance_scale", "dtype", "label",
+        "model", "lora", "lora_scale", "clip_skip", "gamma_embedding", "sampler", "steps", "guidance_scale", "dtype",
+        "label",
     ),
     "what is drawn": (
         "protocol", "num_images", "image_size", "prompts", "seed", "batch_size", "output_dir", "shard", "device",
