@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 import splam_core.gamma
 from splam_core import draw_timesteps, draws, fold, gamma_embedding
 from splam_core.checkpoint import ldm_to_diffusers, read_metadata
+from training.models.files import read_model
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.run import validation
 from training.run.adapters import LoraNetworks
 from training.run.config import complete, parse
 from training.run.distillation import Distillation
+from training.run.publish import save_workflow
 from training.run.whole import FullNetworks, make_student
 from training.scoring.curves import mean_squares
 
@@ -256,6 +258,17 @@ def test_validations_paths_are_as_long_for_any_skip(small, tiny_pipeline, tmp_pa
     monkeypatch.setattr(validation, "teacher_function", counting)
     small(tiny_pipeline, tmp_path, 1, "--sample-every", 1, "--validation-samples", 4, "--skip", 21, "--solver-skip", 21)
     assert asked[:52] == [999, 979, 978, *range(959, 0, -20), 759] and len(asked) == 51 + 39 + 26 + 14
+
+
+def test_the_workflow_skips_what_training_skipped(tiny_pipeline, tmp_path):
+    config = parse(["--teacher", str(tiny_pipeline), "--output-dir", str(tmp_path), "--clip-skip", "2"])
+    file = save_workflow(config, read_model(tiny_pipeline), tmp_path, "a", None)
+    graph = json.loads(file.read_text())
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = [(begin, end) for _, begin, _, end, _, kind in graph["links"] if kind == "CLIP"]
+    ways = {(nodes[begin]["type"], nodes[end]["type"]) for begin, end in links}
+    assert ways == {("SPLAMLoader", "CLIPSetLastLayer"), ("CLIPSetLastLayer", "CLIPTextEncode")}
+    assert [node["widgets_values"] for node in nodes.values() if node["type"] == "CLIPSetLastLayer"] == [[-2]]
 
 
 def test_what_a_person_sees(small, tiny_pipeline, tmp_path):

@@ -170,6 +170,8 @@ def save_workflow(config: Config, model: ModelFiles, folder: Path, model_name: s
         _insert_lora(graph, by_type["SPLAMLoader"], lora_name, 1.0, text_encoder=both)
         for file, weight in map(file_and_weight, () if both else config.teacher_lora):
             _insert_lora(graph, by_type["SPLAMLoader"], file.name, weight, text_encoder=True)
+    if config.clip_skip != 1:
+        _insert(graph, by_type["SPLAMLoader"], "CLIPSetLastLayer", ("CLIP",), [-config.clip_skip])
     file = folder / f"{config.name}.workflow.json"
     file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
     return file
@@ -179,6 +181,11 @@ def _insert_lora(graph: dict, loader: dict, lora_name: str, weight: float, text_
     """Core's LoRA loader right behind the loader; text_encoder: on its CLIP, too."""
     kinds = ("MODEL", "CLIP") if text_encoder else ("MODEL",)
     node_type = "LoraLoader" if text_encoder else "LoraLoaderModelOnly"
+    _insert(graph, loader, node_type, kinds, [lora_name, *[weight] * len(kinds)])
+
+
+def _insert(graph: dict, loader: dict, node_type: str, kinds: tuple[str, ...], settings: list) -> None:
+    """A node of core's right behind the loader, which what is of these kinds goes through."""
     node_id = graph["last_node_id"] + 1
     node: dict = {
         "id": node_id,
@@ -191,7 +198,7 @@ def _insert_lora(graph: dict, loader: dict, lora_name: str, weight: float, text_
         "inputs": [],
         "outputs": [],
         "properties": {"Node name for S&R": node_type},
-        "widgets_values": [lora_name, *[weight] * len(kinds)],
+        "widgets_values": settings,
     }
     for slot, kind in enumerate(kinds):
         output = next(one for one in loader["outputs"] if one["name"] == kind)
