@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,8 @@ class HostUNet:
             if key in backup:  # the host has a LoRA in it now, perhaps of another MODEL of these weights
                 weight = backup[key].weight
             values[key] = _told(weight)
-        return digest(values, patches, self.prediction_type, float(self.schedule.alphas_cumprod.sum()))
+        attention = _told(self.options)
+        return digest(values, patches, attention, self.prediction_type, float(self.schedule.alphas_cumprod.sum()))
 
     def load(self, shape: Sequence[int]) -> None:
         """Brings the UNet to its device, as far as the host's settings let it."""
@@ -213,13 +215,22 @@ class HostUNet:
 
 
 def _told(value: Any) -> Any:
-    """What tells a weight or a patch from others, as JSON: of an adapter its kind, of a tensor shape and beginning."""
+    """What tells a weight or a patch from others, as JSON.
+
+    Of an adapter its kind, of a tensor shape and beginning, of a function its name and the values it was made with.
+    """
     if isinstance(value, torch.Tensor):
         return [list(value.shape), value.flatten()[:8].to(torch.bfloat16).float().tolist()]
     if isinstance(value, (list, tuple)):
         return [_told(one) for one in value]
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         return [type(value).__name__, *map(_told, vars(value).values())]
+    if isinstance(value, dict):
+        return {str(key): _told(one) for key, one in value.items()}
+    if callable(value) and not isinstance(value, torch.nn.Module):
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != types.CellType()]
+        own = [one for one in (*cells, *getattr(value, "__dict__", {}).values()) if not callable(one)]
+        return [getattr(value, "__qualname__", type(value).__name__), _told(own)]
     return value if isinstance(value, (int, float, str)) else None
 
 

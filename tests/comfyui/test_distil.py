@@ -209,6 +209,18 @@ def test_another_lora_on_the_model_is_another_run(style, server):
     assert runs[0] == runs[2]  # and the first is taken up again
 
 
+def test_another_patch_of_the_unet_is_another_run(server):
+    """What was learned with other numbers of FreeU was handed on as what these would give."""
+    runs = []
+    for b1 in (1.1, 1.3, 1.1):
+        freeu = {"class_type": "FreeU", "inputs": {"model": ["model", 0], "b1": b1, "b2": 1.2, "s1": 0.9, "s2": 0.2}}
+        graph = distil(model=["freeu", 0], steps=1, batch_size=1, seed=24, preview_every=0)
+        del graph["curve"]
+        server.run(graph | {"freeu": freeu})
+        runs.append(states(server)[-1].name)
+    assert runs[0] != runs[1] and runs[0] == runs[2]
+
+
 def test_errors_name_files_without_the_servers_paths(server):
     """Whoever queues a graph on a shared server reads them."""
     (server.folder / "models" / "loras" / "damaged.safetensors").write_bytes(b"no LoRA")
