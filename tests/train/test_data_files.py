@@ -151,6 +151,17 @@ def test_a_byte_order_mark_is_no_part_of_captions_prompts_and_tables(tmp_path):
     assert captions(tmp_path / "b.tar") == {"b.tar/b": "an owl"}
 
 
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".caption", ".text"])
+def test_captions_lie_beside_their_pictures_as_in_archives(tmp_path, ending):
+    """Kohya's scripts write .caption. Of several the .txt is taken."""
+    picture(tmp_path / "a.png").with_suffix(".txt").unlink()
+    (tmp_path / f"a{ending}").write_text("a fox")
+    assert captions(tmp_path) == {"a.png": "a fox"}
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a fox")
+    (tmp_path / "a.caption").write_text("an owl")
+    assert captions(tmp_path) == {"a.png": "a fox"}
+
+
 def test_prompts_and_captions_of_runs_and_scores_are_read_alike(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa doughnut\r\na yellow\x85star\r\n".encode())

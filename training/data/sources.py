@@ -24,6 +24,7 @@ from .tars import BROKEN, bare, expand, is_url, members, sections
 
 LONGEST = 2**16  # characters of a caption: what is longer is no caption, and a tokenizer's for minutes
 CAPTIONS = ("caption", "text", "txt", "prompt", "TEXT")
+TEXTS = ("txt", "caption", "text")  # endings of files that hold a caption, the first that is there
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
 _REMOTE = ("hf://", "https://", "http://")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -125,7 +126,7 @@ def open_source(
 
 
 def image_folder(folder: Path, caption_column=None, image_column=None, below: list[Path] | None = None) -> Listing:
-    """Pictures below `folder`, captioned by NAME.txt beside each, or by METADATA tables ("file_name", "text").
+    """Pictures below `folder`, captioned by NAME.txt (or another of TEXTS) beside each, or by METADATA tables ("file_name", "text").
 
     below: its files, where they are known.
     """
@@ -143,12 +144,15 @@ def image_folder(folder: Path, caption_column=None, image_column=None, below: li
             name = (file.relative_to(folder) if file.is_relative_to(folder) else file).as_posix()
             told[name] = told.get(name, {}) | row
     files = [file for file in below if file.suffix.lower() in EXTENSIONS]
+    endings = {f".{ending}" for ending in TEXTS}
+    beside = {file.with_suffix(file.suffix.lower()): file for file in below if file.suffix.lower() in endings}
     for file in files:
         name = file.relative_to(folder).as_posix()
-        sidecar, row = file.with_suffix(".txt"), told.pop(name, {})
+        sidecar = next((beside[one] for ending in TEXTS if (one := file.with_suffix(f".{ending}")) in beside), None)
+        row = told.pop(name, {})
         caption = _caption(row, caption_column)
         try:
-            if caption is None and sidecar.is_file():
+            if caption is None and sidecar is not None:
                 if sidecar.stat().st_size > 4 * LONGEST:
                     raise ValueError(f"{sidecar.name} is {sidecar.stat().st_size} bytes long, expected a caption")
                 caption = read_text(sidecar)
@@ -334,7 +338,7 @@ def _samples(
         try:
             if "json" in fields:
                 told |= json.loads(fields.pop("json")().read())
-            texts = {f: fields.pop(f) for f in ("txt", "caption", "text") if f in fields}
+            texts = {f: fields.pop(f) for f in TEXTS if f in fields}
             told |= {f: content().read().decode("utf-8-sig") for f, content in texts.items()}
         except (ValueError, TypeError, OSError) as error:
             yield Skip(name, f"unreadable caption: {error}")
