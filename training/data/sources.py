@@ -126,7 +126,7 @@ def open_source(
 
 
 def image_folder(folder: Path, caption_column=None, image_column=None, below: list[Path] | None = None) -> Listing:
-    """Pictures below `folder`, captioned by NAME.txt (or another of TEXTS) beside each, or by METADATA tables ("file_name", "text").
+    """Pictures below `folder`, captioned by a file of TEXTS beside each, or by METADATA tables ("file_name", "text").
 
     below: its files, where they are known.
     """
