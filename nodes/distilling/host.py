@@ -186,13 +186,18 @@ class HostUNet:
             for (module, name), parameter in zip(owners, before, strict=True):
                 module._parameters[name] = parameter
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, told: Sequence[Told]) -> torch.Tensor:
-        """The raw output [B, C, h, w], fp32, at (fractional) timesteps [B], told one thing a sample."""
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, told: Sequence[Told], parts: Sequence[int] = (0,)
+    ) -> torch.Tensor:
+        """The raw output [B, C, h, w], fp32, at (fractional) timesteps [B], told one thing a sample.
+
+        parts: what equal parts of the batch are, as patches of the UNet are told it: 0 a prompt, 1 none.
+        """
         first, rest = told[0], told[1:]
         conds = {name: one.concat([other[name] for other in rest]) for name, one in first.items()}
         conds = {name: cond.to(self.device, self.dtype) for name, cond in conds.items()}
         context = conds.pop("c_crossattn", None)
-        options = {**self.options, "sigmas": self.schedule.ve_sigma(t), "cond_or_uncond": [0]}
+        options = {**self.options, "sigmas": self.schedule.ve_sigma(t), "cond_or_uncond": list(parts)}
         with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             output: torch.Tensor = self.unet(
                 x.to(self.device, self.dtype), t.float(), context=context, transformer_options=options, **conds
@@ -206,7 +211,7 @@ class HostUNet:
             if guidance_scale == 1:
                 output = self(x, t, told)
             else:
-                both = self(torch.cat([x, x]), torch.cat([t, t]), [*told, *[nothing] * len(told)])
+                both = self(torch.cat([x, x]), torch.cat([t, t]), [*told, *[nothing] * len(told)], (0, 1))
                 conditional, unconditional = both.chunk(2)
                 output = guided(conditional, unconditional, guidance_scale)
             return predict_epsilon(output, x, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction_type)

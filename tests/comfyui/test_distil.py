@@ -221,6 +221,17 @@ def test_another_patch_of_the_unet_is_another_run(server):
     assert runs[0] != runs[1] and runs[0] == runs[2]
 
 
+def test_patches_are_told_which_half_has_no_prompt(server):
+    """IP-Adapter and others treat the two apart; the teacher's guided batch was one of prompts to them."""
+    graph = distil(model=["parts", 0], steps=1, seed=25) | {
+        "parts": {"class_type": "TestParts", "inputs": {"model": ["model", 0]}}
+    }
+    del graph["curve"]
+    logged = server.listen()
+    server.run(graph)
+    assert "parts [0, 1] of 4" in logged() and "parts [0] of 2" in logged()
+
+
 def test_errors_name_files_without_the_servers_paths(server):
     """Whoever queues a graph on a shared server reads them."""
     (server.folder / "models" / "loras" / "damaged.safetensors").write_bytes(b"no LoRA")

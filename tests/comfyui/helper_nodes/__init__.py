@@ -175,6 +175,25 @@ class TestLoudClip:
         return (clip,)
 
 
+class TestParts:
+    """A MODEL whose attention logs what parts of a batch it is told of, and how large the batch is."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        def patch(q, k, v, extra_options):
+            logging.info("parts %s of %d", extra_options["cond_or_uncond"], len(q))
+            return q, k, v
+
+        model = model.clone()
+        model.set_model_attn2_patch(patch)
+        return (model,)
+
+
 class TestOutOfMemory:
     """A MODEL for whose second differentiated step the memory does not suffice."""
 
@@ -302,6 +321,7 @@ NODE_CLASS_MAPPINGS = {
     "TestLoudClip": TestLoudClip,
     "TestNotes": TestNotes,
     "TestOutOfMemory": TestOutOfMemory,
+    "TestParts": TestParts,
     "TestTrimHeap": TestTrimHeap,
     "TestWrapper": TestWrapper,
     "TestConditioning": TestConditioning,
