@@ -148,6 +148,8 @@ def _kept_metadata(source: str) -> dict[str, str]:
         config["teacher_lora"] = ", ".join(map(named_with_weight, loras))
         if not (loras and config.get("lora")):
             config.pop("lora_holds", None)
+        if config.get("clip_skip") == 1:
+            config.pop("clip_skip")
         return {key: str(config[key[6:]]) for key in kept if config.get(key[6:])}
     if place.suffix == ".safetensors" and place.is_file():
         return {key: value for key, value in read_metadata(place).items() if key in kept}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from splam_core.descent import RELEASE_EVERY
 from training.models.load import load_pipeline
 from training.models.sampling import generate
 from training.run import distillation, report, validation
@@ -93,13 +94,14 @@ def test_a_run_stays_on_its_device_and_a_step_waits_twice(device, tmp_path, tiny
     pipeline, rules = device
     config = parse([
         "--teacher", str(tiny_pipeline), "--output-dir", str(tmp_path), "--mixed-precision", "no", "--max-train-steps",
-        "9", "--train-batch-size", "2", "--gamma-conditioning", gamma, "--validation-samples", "1", *mode,
+        "19", "--train-batch-size", "2", "--gamma-conditioning", gamma, "--validation-samples", "1", *mode,
     ])  # fmt: skip
     run = Distillation(config, pipeline, Accelerator(), data=Data(pipeline))
     steps = train(run)
-    next(steps)
+    while next(steps).step < RELEASE_EVERY:  # until then the release average is the student, and copied
+        pass
     rules.waits.clear()
-    assert next(steps).step == 2
+    assert next(steps).step == RELEASE_EVERY + 1
     assert len(rules.waits) <= 2
     assert run.validate().keys() == {"target", "release"}
 

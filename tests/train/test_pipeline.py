@@ -91,6 +91,11 @@ def test_a_vae_with_a_mean_of_its_latents_is_refused(tiny_pipeline):
         build_pipeline(with_settings(tiny_pipeline, "vae", latents_mean=[0.1] * 4))
 
 
+def test_a_pipeline_knows_what_it_was_asked_for_as():
+    """By it the embedded teacher's own scenes are its data."""
+    assert load_pipeline("embedded").source == "embedded"
+
+
 @torch.no_grad()
 def test_clip_skip_leaves_the_last_layers_away():
     """As diffusers' StableDiffusionPipeline reads it, whose clip_skip counts from 0."""

@@ -43,8 +43,8 @@ def load_pipeline(
     """
     place = resolve(str(model), revision, download)
     with reading(place):
-        model = with_loras(read_teacher(place, embedded), loras).clip_skipped(clip_skip)
-        pipeline = build_pipeline(model, dtype, str(place))
+        files = with_loras(read_teacher(place, embedded), loras).clip_skipped(clip_skip)
+        pipeline = build_pipeline(files, dtype, str(place))
     pipeline.source = str(model)
     if unet_dtype is not None:  # before it goes to the device
         pipeline.unet_fingerprint()  # of what is on disk, before it is rounded
