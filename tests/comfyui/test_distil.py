@@ -222,7 +222,7 @@ def test_another_patch_of_the_unet_is_another_run(server):
 
 
 def test_patches_are_told_which_half_has_no_prompt(server):
-    """IP-Adapter and others treat the two apart; the teacher's guided batch was one of prompts to them."""
+    """Some treat the two apart; the teacher's guided batch was one of prompts to them."""
     graph = distil(model=["parts", 0], steps=1, seed=25) | {
         "parts": {"class_type": "TestParts", "inputs": {"model": ["model", 0]}}
     }

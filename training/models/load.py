@@ -82,7 +82,7 @@ def build_pipeline(model: ModelFiles, dtype: torch.dtype = torch.float32, name: 
             f"{name}: its UNet reads {channels!r:.40} channels{kind}, expected the {LATENT_CHANNELS} of latents: "
             f"SPLAM makes few-step text-to-image models. Choose such a model."
         )
-    latent_scale(model.configs["vae"])
+    latent_scale(model.configs["vae"])  # refuses latents that are not Stable Diffusion's
     weights = [model.unet, model.vae, *model.texts]
     networks = {
         part: _empty(model.configs[part], len(own), f"{name}: {part}")

@@ -2,7 +2,7 @@
 
 The run's own networks take its own step on torch's meta device, which has shapes and no values, while the bytes of
 living storages are counted: neither memory nor weights nor a GPU are needed. Shapes come from the teacher's own
-config.json or, where it is not on this machine, from the published ones.
+files or, where it is not on this machine, from the published ones.
 """
 
 from __future__ import annotations
