@@ -4,11 +4,11 @@
     python dev.py python -m benchmarks.finish --only lcm default --seed 0 --work-dir runs/finish
     python dev.py python -m benchmarks.finish --search --json docs/results/finish.json --work-dir runs/finish
 
-The last finishes the shipped student, which has had a finish already, by different settings. Every run is the trainer's own, with its cosine schedule
-and a batch of 32, in bf16 over fp32 weights; forwards are counted as it counts them, a backward pass 2, and kept paths
-are charged what solving them costs. Accuracy is the share of 512 pictures that show exactly their caption; the Frechet
-distance is clipped, to the teacher's own 50-step pictures of the same captions and noise. Two-step accuracy is also
-taken on the way, for the compute that reaches LCM's best.
+The last finishes the shipped student, which has had a finish already, by different settings. Every run is the trainer's
+own, with its cosine schedule and a batch of 32, in bf16 over fp32 weights; forwards are counted as it counts them, a
+backward pass 2, and kept paths are charged what solving them costs. Accuracy is the share of 512 pictures that show
+exactly their caption; the Frechet distance is clipped, to the teacher's own 50-step pictures of the same captions and
+noise. Two-step accuracy is also taken on the way, for the compute that reaches LCM's best.
 """
 
 from __future__ import annotations
